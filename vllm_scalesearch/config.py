@@ -1,0 +1,140 @@
+"""Quantization config `scalesearch`: what vLLM asks when it builds a model's layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_scalesearch.linear import ScaleSearchLinearMethod
+from vllm_scalesearch.options import QUANT_METHOD, LayerSelection, Options
+from vllm_scalesearch.vllm_api import (
+    LinearBase,
+    ParallelLMHead,
+    QuantizationConfig,
+    RoutedExperts,
+    UnquantizedEmbeddingMethod,
+    UnquantizedFusedMoEMethod,
+    UnquantizedLinearMethod,
+    current_platform,
+    get_current_vllm_config,
+    get_pp_group,
+    init_logger,
+)
+
+# Not `__name__`: vLLM configures the handlers of its own logger names only.
+logger = init_logger("vllm.scalesearch.config")
+
+
+class ScaleSearchConfig(QuantizationConfig):
+    """Quantizes a bf16 or fp16 checkpoint while vLLM loads it (options.py says how).
+
+    checkpoint_options: the options in a checkpoint's `quantization_config`, if any. Those given by
+    the user in ``additional_config["scalesearch"]`` are laid over them, key by key.
+    """
+
+    def __init__(self, checkpoint_options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.checkpoint_options = dict(checkpoint_options or {})
+        Options.from_mapping(self.checkpoint_options, "quantization_config")
+        self._selection: LayerSelection | None = None
+        self._patterns_checked = False
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ScaleSearchConfig":
+        """From a checkpoint's `quantization_config`. Raises ValueError for an unknown option."""
+        return cls({key: value for key, value in config.items() if key != "quant_method"})
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Refuse, in words, to quantize a checkpoint that is quantized already."""
+        found = hf_quant_cfg.get("quant_method")
+        if user_quant == QUANT_METHOD and found != QUANT_METHOD:
+            raise ValueError(
+                f"scalesearch: this checkpoint is already quantized ({found}). Serve it without "
+                "--quantization, or quantize the bf16 checkpoint that it was made from"
+            )
+        return None
+
+    @property
+    def options(self) -> Options:
+        return self._select().options
+
+    def _select(self) -> LayerSelection:
+        if self._selection is None:
+            user = get_current_vllm_config().additional_config.get(QUANT_METHOD, {})
+            source = f"additional_config[{QUANT_METHOD!r}]"
+            if not isinstance(user, Mapping):
+                raise ValueError(f"{source}: expected a mapping of options, got {user!r}")
+            Options.from_mapping(user, source)
+            options = Options.from_mapping({**self.checkpoint_options, **user}, "scalesearch")
+            self._selection = LayerSelection(options)
+        return self._selection
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        """The method of one layer; None where vLLM's own is meant (attention, embeddings)."""
+        if isinstance(layer, LinearBase):
+            chosen = self._select().select(prefix, self._checkpoint_names(prefix))
+            if chosen is None:
+                return UnquantizedLinearMethod()
+            return ScaleSearchLinearMethod(self, chosen, prefix)
+        if isinstance(layer, ParallelLMHead) and self.options.lm_head:
+            chosen = self._select().select(prefix, [prefix])
+            if chosen is None:
+                return UnquantizedEmbeddingMethod()
+            return ScaleSearchLinearMethod(self, chosen, prefix)
+        if isinstance(layer, RoutedExperts):
+            logger.warning_once(
+                "scalesearch: mixture-of-experts layers such as %s are not quantized yet; their "
+                "experts stay in the checkpoint's dtype",
+                prefix,
+            )
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        return None
+
+    def _checkpoint_names(self, prefix: str) -> list[str]:
+        """Checkpoint names of the matrices that vLLM fuses into the layer called `prefix`."""
+        parent, _, last = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(last, [last])
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+    def check_patterns(self) -> None:
+        """Raise ValueError for patterns that no layer of the built model matched.
+
+        Called by each layer before it is quantized, when all layers are known; works once. Under
+        pipeline parallelism a rank has some of the layers, so the ranks first share their names.
+        """
+        if self._patterns_checked:
+            return
+        self._patterns_checked = True
+        selection = self._select()
+        found = [(selection.matched, selection.seen)]
+        group = get_pp_group()
+        if group.world_size > 1:
+            found = [None] * group.world_size
+            torch.distributed.all_gather_object(found, (selection.matched, selection.seen), group.cpu_group)
+        matched = set().union(*(m for m, _ in found))
+        seen = [name for _, names in found for name in names]
+        selection.check_all_matched(matched, seen)
+        if selection.options.lm_head and "lm_head" not in " ".join(seen):
+            raise ValueError("scalesearch: 'lm_head' is set, but this model has no output head of its own")
+        device = current_platform.device_name or current_platform.device_type
+        logger.info_once("scalesearch on %s: %s", device, selection.options.layer)
+
+
+__all__ = ["ScaleSearchConfig"]

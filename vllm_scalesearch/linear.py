@@ -1,0 +1,230 @@
+"""A linear layer whose weights, and inputs where asked, are in a searched block format."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import Parameter
+
+from vllm_scalesearch.formats import QuantizedTensor, finite_amax, tensor_scale_of
+from vllm_scalesearch.ops.packed_linear import packed_linear
+from vllm_scalesearch.ops.quantize import quantize_values
+from vllm_scalesearch.options import LayerOptions
+from vllm_scalesearch.search import quantize
+from vllm_scalesearch.vllm_api import (
+    LinearMethodBase,
+    ModelWeightParameter,
+    UnquantizedLinearMethod,
+    amax_for_tp_weight_quant,
+    current_platform,
+    dispatch_cpu_unquantized_gemm,
+    init_logger,
+    init_mxfp4_linear_kernel,
+    init_nvfp4_linear_kernel,
+    initialize_online_processing,
+)
+
+if TYPE_CHECKING:
+    from vllm_scalesearch.config import ScaleSearchConfig
+
+logger = init_logger("vllm.scalesearch.linear")
+
+_LOADABLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class ScaleSearchLinearMethod(LinearMethodBase):
+    """Loads a bf16 or fp16 weight, quantizes it once it is complete, and multiplies with it.
+
+    The weight waits on the meta device until the checkpoint has delivered all of it, so loading
+    needs the quantized model and one layer. A fused layer (q, k and v; gate and up) has one tensor
+    scale, taken over all tensor-parallel ranks: codes do not depend on how the model is split.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, config: "ScaleSearchConfig", options: LayerOptions, prefix: str) -> None:
+        self.config = config
+        self.options = options
+        self.prefix = prefix
+        self.product: _Product
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        block = self.options.block_format.block_size
+        if input_size_per_partition % block:
+            logger.warning(
+                "scalesearch: %s stays in %s: its input width %d (%d on this rank) is not a "
+                "multiple of the %s block of %d",
+                self.prefix, params_dtype, input_size, input_size_per_partition,
+                self.options.format, block,
+            )  # fmt: skip
+            layer.quant_method = UnquantizedLinearMethod()
+            layer.quant_method.create_weights(
+                layer, input_size_per_partition, output_partition_sizes, input_size, output_size,
+                params_dtype, **extra_weight_attrs,
+            )  # fmt: skip
+            return
+        layer.logical_widths = output_partition_sizes
+        layer.input_size_per_partition = input_size_per_partition
+        layer.output_size_per_partition = sum(output_partition_sizes)
+        layer.params_dtype = params_dtype
+        whole = (input_size, output_size)
+        self.is_sharded = (input_size_per_partition, layer.output_size_per_partition) != whole
+        weight = ModelWeightParameter(
+            data=torch.empty(
+                layer.output_size_per_partition, input_size_per_partition, device="meta", dtype=params_dtype
+            ),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=self._checked(extra_weight_attrs["weight_loader"]),
+        )
+        layer.register_parameter("weight", weight)
+        initialize_online_processing(layer)
+        self.product = _product(self.config.options.cpu_storage, self.options)
+
+    def _checked(self, weight_loader: Callable) -> Callable:
+        @functools.wraps(weight_loader)
+        def load(param: torch.Tensor, loaded_weight: torch.Tensor, *args, **kwargs):
+            if loaded_weight.dtype not in _LOADABLE:
+                raise ValueError(
+                    f"scalesearch: {self.prefix}: the checkpoint holds {loaded_weight.dtype} where "
+                    "bf16, fp16 or fp32 is expected; is it quantized already? Quantize the original"
+                )
+            return weight_loader(param, loaded_weight, *args, **kwargs)
+
+        return load
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module):
+        raise ValueError(
+            f"scalesearch: {self.prefix} is tied to the embeddings, which stay in full precision; "
+            "leave option 'lm_head' off"
+        )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        self.config.check_patterns()
+        self.product.load(layer, self._quantize(layer))
+        layer._already_called_process_weights_after_loading = True
+
+    def _quantize(self, layer: torch.nn.Module) -> QuantizedTensor:
+        weight = layer.weight.data
+        fmt = self.options.block_format
+        amax = finite_amax(weight)
+        if not torch.isfinite(weight).all():
+            amax.fill_(torch.inf)  # all ranks must learn of it, or the others would wait for this one
+        amax = amax_for_tp_weight_quant(amax.reshape(1), self.is_sharded).reshape(())
+        if torch.isinf(amax):
+            raise ValueError(f"scalesearch: {self.prefix}: the checkpoint's weight holds NaN or infinity")
+        tensor_scale = tensor_scale_of(amax) if fmt.has_tensor_scale else None
+        return quantize(weight, fmt, self.options.weights, tensor_scale=tensor_scale)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.options.activations is None:
+            return self.product.apply(layer, x, bias)
+        values, residual = quantize_values(x, self.options.format, self.options.activations)
+        return _scale(self.product.apply(layer, values, None), residual, bias)
+
+
+def _scale(out: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``out * scale + bias`` in fp32, rounded once to out's dtype."""
+    scaled = out.float() * scale
+    if bias is not None:
+        scaled = scaled + bias
+    return scaled.to(out.dtype)
+
+
+class _Product:
+    """``x @ W.T + bias`` for a quantized W, on one kind of machine."""
+
+    def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
+        """Replace the layer's loaded weight by `weight` in the form that `apply` reads."""
+        raise NotImplementedError
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _DenseCpuProduct(_Product):
+    """Weights dequantized once, exactly, to 16 bits; the product is vLLM's own for bf16 on the CPU."""
+
+    def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
+        values, residual = weight.values(layer.params_dtype)
+        layer.weight = Parameter(values, requires_grad=False)
+        layer.register_buffer("weight_residual", residual, persistent=False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return _scale(layer.cpu_linear(x, layer.weight, None), layer.weight_residual, bias)
+
+
+class _PackedCpuProduct(_Product):
+    """Weights kept at 4.5 bits and dequantized at every use."""
+
+    def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
+        layer.weight = Parameter(weight.packed, requires_grad=False)
+        layer.weight_scale = Parameter(weight.scales, requires_grad=False)
+        layer.weight_global_scale = Parameter(weight.tensor_scale, requires_grad=False)
+        self.format = weight.format
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = QuantizedTensor(layer.weight, layer.weight_scale, layer.weight_global_scale, self.format)
+        return _scale(packed_linear(x, weight), weight.residual(x.dtype), bias)
+
+
+class _VllmKernelProduct(_Product):
+    """vLLM's own 4-bit weight-only kernel for this GPU, fed with our codes and scales."""
+
+    def __init__(self, options: LayerOptions) -> None:
+        self.adds_bias = options.activations is None
+        if options.format == "nvfp4":
+            self.kernel = init_nvfp4_linear_kernel(use_a16=True)
+        else:
+            self.kernel = init_mxfp4_linear_kernel()
+
+    def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
+        layer.weight = Parameter(weight.packed, requires_grad=False)
+        if weight.format.has_tensor_scale:
+            layer.weight_scale = Parameter(weight.scales, requires_grad=False)
+            layer.weight_global_scale = Parameter(weight.tensor_scale, requires_grad=False)
+        else:
+            layer.weight_scale = Parameter(weight.scales.view(torch.uint8), requires_grad=False)
+        # With quantized inputs the bias is added after their scale, so the kernel, which may
+        # reorder a bias for itself, must not see it.
+        bias = getattr(layer, "bias", None)
+        if not self.adds_bias and bias is not None:
+            layer.bias = None
+        self.kernel.process_weights_after_loading(layer)
+        if not self.adds_bias and bias is not None:
+            layer.bias = bias
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.kernel.apply_weights(layer, x, bias)
+
+
+def _product(cpu_storage: str, options: LayerOptions) -> _Product:
+    if current_platform.is_cpu():
+        logger.info_once(
+            "scalesearch: product in torch on exactly dequantized weights, kept %s (%s), because "
+            "this machine's vLLM runs on the CPU",
+            cpu_storage,
+            "16 bits a weight" if cpu_storage == "dense" else "packed, dequantized at every use",
+        )
+        return _DenseCpuProduct() if cpu_storage == "dense" else _PackedCpuProduct()
+    product = _VllmKernelProduct(options)
+    logger.info_once(
+        "scalesearch: product by vLLM's %s (%s), its choice for %s weights on this GPU",
+        type(product.kernel).__name__,
+        "inputs quantized before it, in torch" if options.activations else "inputs not quantized",
+        options.format,
+    )
+    return product
