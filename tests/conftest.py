@@ -1,0 +1,105 @@
+"""What the tests share: a quiet vLLM on the CPU, models to load, and engines run one at a time."""
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Functions are sent to the engine's workers; they come from these tests.
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a bf16 folder."""
+    from vllm_scalesearch import smollm2
+
+    return smollm2.fetch()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny(architecture, **config)``: a folder with a small random model; made once for each config."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+        import transformers
+
+        key = repr((architecture, dtype, sorted(config.items())))
+        if key not in made:
+            config_class = getattr(transformers, f"{architecture}Config")
+            model_class = getattr(transformers, f"{architecture}ForCausalLM")
+            sizes = dict(
+                vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.1,
+            )  # fmt: skip
+            torch.manual_seed(0)
+            model = model_class(config_class(**{**sizes, **config}))
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.5)
+            folder = tmp_path_factory.mktemp(architecture.lower())
+            model.to(dtype).save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def engine() -> Callable[..., Any]:
+    """``engine(model, options, **arguments)``: a vLLM `LLM` in this process, shut down after the test."""
+    from vllm import LLM
+
+    engines = []
+
+    def start(model: Path, options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        stop()
+        if options is not None:
+            arguments.setdefault("quantization", "scalesearch")
+            arguments.setdefault("additional_config", {"scalesearch": options})
+        arguments.setdefault("max_model_len", 256)
+        if not (model / "tokenizer.json").exists():
+            arguments.setdefault("skip_tokenizer_init", True)
+        llm = LLM(str(model), enforce_eager=True, disable_log_stats=True, **arguments)
+        engines.append(llm)
+        return llm
+
+    def stop() -> None:
+        while engines:
+            engines.pop().llm_engine.engine_core.shutdown()
+        gc.collect()
+
+    yield start
+    stop()
+
+
+def prompt_logprobs(llm: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """Log probability of each token after the first of prompts of one length: (prompts, length - 1)."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return torch.tensor(
+        [
+            [position[token].logprob for position, token in zip(o.prompt_logprobs[1:], p[1:], strict=True)]
+            for o, p in zip(outputs, prompts, strict=True)
+        ]
+    )
