@@ -78,7 +78,10 @@ def engine() -> Callable[..., Any]:
         arguments.setdefault("max_model_len", 256)
         if not (model / "tokenizer.json").exists():
             arguments.setdefault("skip_tokenizer_init", True)
-        llm = LLM(str(model), enforce_eager=True, disable_log_stats=True, **arguments)
+        if torch.cuda.is_available():
+            arguments.setdefault("gpu_memory_utilization", 0.2)
+        arguments.setdefault("enforce_eager", True)
+        llm = LLM(str(model), disable_log_stats=True, **arguments)
         engines.append(llm)
         return llm
 

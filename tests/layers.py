@@ -5,6 +5,7 @@ rounding boundary moves by a whole step, and the layers after it make more of th
 output from its own input can.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,28 @@ def collect(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     for name, module in model.named_modules():
         if hasattr(module, "kept"):
             found[name] = dict(module.kept)
-            if module.weight.dtype == torch.uint8:
+            if module.weight.dtype == torch.uint8 and module.weight.device.type == "cpu":
                 found[name] |= {
                     "packed": module.weight.clone(),
                     "scales": module.weight_scale.clone(),
                     "tensor_scale": module.weight_global_scale.clone(),
                 }
     return found
+
+
+def stored(model: torch.nn.Module) -> bytes:
+    """Packed codes, block scales and tensor scale of every layer that keeps them, as `torch.save` writes.
+
+    Bytes, because what vLLM makes of tensors on their way from a worker depends on their dtype.
+    """
+    tensors = {
+        name: (module.weight.data, module.weight_scale.data, module.weight_global_scale.data)
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_global_scale")
+    }
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
 
 
 def checkpoint_tensor(model: Path, layer: str, kind: str = "weight") -> torch.Tensor | None:
@@ -56,12 +72,15 @@ def checkpoint_tensor(model: Path, layer: str, kind: str = "weight") -> torch.Te
         return torch.cat([weights.get_tensor(name) for name in names])
 
 
-def check(model: Path, layers: dict[str, dict[str, torch.Tensor]], options: dict[str, Any], bound: float) -> None:
+def check(
+    model: Path, layers: dict[str, dict[str, torch.Tensor]], options: dict[str, Any], bound: float
+) -> None:
     """Assert that each recorded layer multiplied what the reference quantizes its input and weight to."""
     assert layers
     fmt = FORMATS[options.get("format", "nvfp4")]
     activations = options.get("activations")
     for name, layer in layers.items():
+        layer = {key: tensor.cpu() for key, tensor in layer.items()}
         x = layer["input"].double()
         if activations is not None:
             x = quantize(layer["input"], fmt, activations, per_row=fmt.has_tensor_scale).dequantize().double()

