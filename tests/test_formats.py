@@ -20,7 +20,6 @@ from vllm_scalesearch.formats import (
     encode_e2m1,
     encode_e4m3,
     finite_amax,
-    fold_exponent,
     pack_e2m1,
     round_to_e2m1,
     swizzle_scales,
@@ -155,7 +154,7 @@ def test_e8m0_decodes_every_code() -> None:
 def test_formats_are_the_published_ones() -> None:
     assert FORMATS == {"nvfp4": NVFP4, "mxfp4": MXFP4}
     assert (NVFP4.block_size, NVFP4.min_code, NVFP4.max_code, NVFP4.nan_code) == (16, 1, 126, 0x7F)
-    assert (MXFP4.block_size, MXFP4.min_code, MXFP4.max_code, MXFP4.nan_code) == (32, 0, 254, 0xFF)
+    assert (MXFP4.block_size, MXFP4.min_code, MXFP4.max_code, MXFP4.nan_code) == (32, 0, 252, 0xFF)
     assert (NVFP4.bits_per_value, MXFP4.bits_per_value) == (4.5, 4.25)
     for fmt in FORMATS.values():
         # The dtype that the scales are stored in decodes as the format's own codec does.
@@ -238,9 +237,9 @@ def test_dequantize_rounds_to_the_dtype_asked_for() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_residual_lies_in_one_to_two_unless_clamped(dtype: torch.dtype) -> None:
     inside = torch.tensor([2.0**-14, 1e-4, 0.37, 1.0, 1.999, 23.0])
-    scaled = torch.ldexp(inside, -fold_exponent(inside, dtype))
+    scaled = torch.ldexp(inside, -NVFP4.fold_exponent(inside, dtype))
     assert ((scaled >= 1) & (scaled < 2)).all()
-    assert torch.equal(torch.ldexp(scaled, fold_exponent(inside, dtype)), inside)
+    assert torch.equal(torch.ldexp(scaled, NVFP4.fold_exponent(inside, dtype)), inside)
 
 
 def test_values_need_a_dtype_that_holds_them() -> None:
@@ -250,13 +249,14 @@ def test_values_need_a_dtype_that_holds_them() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mxfp4_values_are_exact(dtype: torch.dtype) -> None:
-    # fp16 holds scales from 2**-23 to 2**13; above 2**125 an element of 6 leaves fp32.
-    codes = list(range(104, 141) if dtype == torch.float16 else range(0, 253))
+    # fp16 holds scales from 2**-22 to 2**13; above 2**125 an element of 6 leaves fp32.
+    codes = list(range(105, 141) if dtype == torch.float16 else range(0, 253))
     quantized = every_product("mxfp4", codes, torch.tensor(1.0))
     values, residual = quantized.values(dtype)
-    assert residual.item() == 1.0
-    assert torch.equal(values.double(), products("mxfp4", codes))
-    assert same_bits(values.float(), quantized.dequantize())
+    # In fp16 values are halved, since 4 * 2**14 is a value that a search may choose.
+    assert residual.item() == (2.0 if dtype == torch.float16 else 1.0)
+    assert torch.equal(values.double() * residual.double(), products("mxfp4", codes))
+    assert same_bits(values.float() * residual, quantized.dequantize())
 
 
 def test_nan_scale_makes_its_block_nan() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from vllm_scalesearch import search
 from vllm_scalesearch.formats import FORMATS, QuantizedTensor
 from vllm_scalesearch.ops import packed_linear as packed_linear_module
 from vllm_scalesearch.ops.packed_linear import packed_linear
@@ -98,6 +99,16 @@ def strided(layout: str) -> torch.Tensor:
     if layout == "swapped leading dimensions":
         return normal(2, 3, 64, dtype=torch.bfloat16).transpose(0, 1)
     return normal(64, 6, dtype=torch.bfloat16).t()
+
+
+@FORMAT
+def test_result_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, fmt: str) -> None:
+    x = activations(12, 128, dtype=torch.bfloat16)
+    values, residual = quantize_values(x, fmt, "paper")
+    monkeypatch.setattr(search, "_CHUNK_VALUES", {"cpu": 6000, "cuda": 6000})
+    parts, parts_residual = quantize_values(x, fmt, "paper")
+    assert same_bits(parts, values)
+    assert same_bits(parts_residual, residual)
 
 
 @FORMAT

@@ -233,6 +233,14 @@ def test_patterns_that_matched_pass() -> None:
     selection.check_all_matched(selection.matched, selection.seen)
 
 
+def test_patterns_that_select_the_same_layer_all_matched() -> None:
+    selection = LayerSelection(
+        options(ignore=["mlp", "down_proj"], overrides={"qkv_proj": {}, "self_attn": {"weights": "exact"}})
+    )
+    select_model(selection)
+    selection.check_all_matched(selection.matched, selection.seen)
+
+
 def test_dead_patterns_are_found_among_those_that_match() -> None:
     selection = LayerSelection(
         options(ignore=["lm_head", "up_proj"], overrides={"down_proj": {}, "re:q_proj": {}, "layers.30": {}})

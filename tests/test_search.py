@@ -81,7 +81,7 @@ def scalar_block(x: list[float], tensor_scale: float, fmt: BlockFormat, rule: st
     unit = 1.0
     candidates = candidates_of(rule, max(y), fmt)
     if fmt is MXFP4:
-        unit = 2.0 ** (min(max(candidates_of("absmax", max(y), fmt)[0], 0), 254) - 127)
+        unit = 2.0 ** (min(max(candidates_of("absmax", max(y), fmt)[0], 0), 252) - 127)
         y = [f32(v / unit) for v in y]
     best = None
     for code in candidates:
@@ -238,6 +238,16 @@ def test_given_tensor_scales_follow_the_definition(data: st.DataObject, exponent
     check(x, NVFP4, data.draw(rules(NVFP4)), tensor_scale=tensor_scale)
 
 
+@pytest.mark.parametrize("rule", ["absmax", "window:-1,1"])
+@pytest.mark.parametrize("tensor_scale", [1.0, 1.3, 3.7e-5])
+def test_products_with_reciprocals_follow_the_definition(tensor_scale: float, rule: str) -> None:
+    # For every scale: the largest value, and all that lie between two elements, where a division
+    # instead of a product with the rounded reciprocal would round some of them to the other side.
+    ties = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] * 2)
+    x = torch.tensor(E4M3[1:]).unsqueeze(-1) * ties * tensor_scale
+    check(x, NVFP4, rule, tensor_scale=torch.tensor(tensor_scale))
+
+
 def test_one_block_worked_by_hand() -> None:
     # Absmax takes 1 (code 56): 6 and 5 -> 4, an error of 1. Four codes on, 1.5: 6 and 4.5, 0.25.
     x = torch.tensor([[6.0, -5.0] + [0.0] * 14])
@@ -310,7 +320,7 @@ def test_tie_goes_to_the_smallest_code(fmt: BlockFormat, values: list[float], ru
         (NVFP4, "offsets:-200", 1),
         (NVFP4, "offsets:200", 126),
         (MXFP4, "offsets:-255", 0),
-        (MXFP4, "offsets:255", 254),
+        (MXFP4, "offsets:255", 252),
     ],
 )
 def test_codes_stop_at_the_ends_of_the_range(fmt: BlockFormat, rule: str, code: int) -> None:

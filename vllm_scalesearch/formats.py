@@ -9,7 +9,7 @@ A value is stored as ``element * block_scale * tensor_scale``:
 format   block  element      block scale         tensor scale   source
 =======  =====  ===========  ==================  =============  ===============================
 NVFP4    16     E2M1         E4M3, codes 1..126  fp32           arXiv 2605.12464, section 2
-MXFP4    32     E2M1         E8M0, codes 0..254  none           OCP Microscaling Formats (MX) 1.0
+MXFP4    32     E2M1         E8M0, codes 0..252  none           OCP Microscaling Formats (MX) 1.0
 =======  =====  ===========  ==================  =============  ===============================
 
 Blocks lie along the last dimension. An element times its block scale has at most six significant
@@ -99,7 +99,7 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def decode_packed(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Values (..., K) in bf16, fp16 or fp32 of packed codes (..., K // 2); exact."""
     pairs = _pair_table(dtype, packed.device).index_select(0, packed.flatten().int())
-    return pairs.view(dtype).view(*packed.shape[:-1], -1)
+    return pairs.view(dtype).view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
@@ -170,6 +170,19 @@ class BlockFormat:
         decode = decode_e4m3 if self.scale_dtype == torch.float8_e4m3fn else decode_e8m0
         return decode(codes)
 
+    def fold_exponent(self, tensor_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The power of two (int32) to fold into values of `dtype`; see `QuantizedTensor.values`.
+
+        Raises ValueError for a dtype that cannot hold dequantized values exactly.
+        """
+        if dtype not in _FOLD_RANGE:
+            raise ValueError(f"dequantized values need bf16, fp16 or fp32, not {dtype}")
+        exponent = torch.frexp(tensor_scale).exponent.to(torch.int32) - 1
+        if not self.has_tensor_scale:
+            # 4 * 2**14, which the search may choose for values near fp16's end, overflows fp16.
+            return exponent - (1 if dtype == torch.float16 else 0)
+        return exponent.clamp(*_FOLD_RANGE[dtype])
+
     def check_width(self, width: int, what: str) -> None:
         """Raise ValueError naming `what` when `width` does not consist of whole blocks."""
         if width % self.block_size:
@@ -179,7 +192,8 @@ class BlockFormat:
 
 
 NVFP4 = BlockFormat("nvfp4", 16, torch.float8_e4m3fn, 1, 126, E4M3_NAN, True)
-MXFP4 = BlockFormat("mxfp4", 32, torch.float8_e8m0fnu, 0, 254, E8M0_NAN, False)
+# 6 * 2**126 is no fp32 number any more, so the two largest E8M0 scales are decoded but not written.
+MXFP4 = BlockFormat("mxfp4", 32, torch.float8_e8m0fnu, 0, 252, E8M0_NAN, False)
 FORMATS = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
 
 
@@ -232,33 +246,24 @@ class QuantizedTensor:
         values: (..., K) in `dtype` (bf16, fp16 or fp32), element * block_scale * 2**e.
         residual: fp32, ``tensor_scale * 2**-e``, shaped like tensor_scale; in [1, 2) unless
         clamped. The tensor is ``values * residual``; a matrix product may use `values` and multiply
-        its result by `residual`. MXFP4 below 2**-23 in fp16 is the one case that fp16 cannot hold.
+        its result by `residual`. What fp16 cannot hold are MXFP4 values below 2**-23.
         """
-        exponent = fold_exponent(self.tensor_scale, dtype)
-        blocks = decode_packed(self.packed, dtype).unflatten(-1, (-1, self.format.block_size))
+        exponent = self.format.fold_exponent(self.tensor_scale, dtype)
+        blocks = decode_packed(self.packed, dtype).unflatten(
+            -1, (self.scales.shape[-1], self.format.block_size)
+        )
         scales = torch.ldexp(self.format.decode_scales(self.scales.view(torch.uint8)), exponent)
         values = blocks.mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
         return values, self.residual(dtype)
 
     def residual(self, dtype: torch.dtype) -> torch.Tensor:
         """What is left to multiply `values(dtype)` by; fp32, shaped like tensor_scale."""
-        return torch.ldexp(self.tensor_scale, -fold_exponent(self.tensor_scale, dtype))
+        return torch.ldexp(self.tensor_scale, -self.format.fold_exponent(self.tensor_scale, dtype))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The tensor, (..., K), rounded once to `dtype` after multiplying by the tensor scale."""
         values, residual = self.values(torch.float32)
         return (values * residual).to(dtype)
-
-
-def fold_exponent(tensor_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The power of two (int32) of a tensor scale that can be folded exactly into `dtype` values.
-
-    Raises ValueError for a dtype that cannot hold dequantized values exactly.
-    """
-    if dtype not in _FOLD_RANGE:
-        raise ValueError(f"dequantized values need bf16, fp16 or fp32, not {dtype}")
-    low, high = _FOLD_RANGE[dtype]
-    return (torch.frexp(tensor_scale).exponent.to(torch.int32) - 1).clamp(low, high)
 
 
 # --- scale layout of the block-scaled tensor cores -----------------------------------------------

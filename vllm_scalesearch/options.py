@@ -32,7 +32,7 @@ class LayerOptions:
     activations: str | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise ValueError(f"scalesearch: unknown format {self.format!r}; there are {', '.join(FORMATS)}")
         for key in ("weights", "activations"):
             rule = getattr(self, key)
@@ -93,6 +93,7 @@ class Options:
         ignore = mapping.get("ignore", ())
         if isinstance(ignore, str) or not isinstance(ignore, Iterable):
             raise ValueError(f"{source}: 'ignore' is a list of patterns, got {ignore!r}")
+        ignore = tuple(ignore)
         overrides = mapping.get("overrides", {})
         if not isinstance(overrides, Mapping):
             raise ValueError(f"{source}: 'overrides' maps patterns to options, got {overrides!r}")
@@ -114,7 +115,7 @@ class Options:
             raise ValueError(f"{source}: {error}") from None
         for pattern in (*ignore, *overrides):
             _check_pattern(pattern, source)
-        return cls(layer, tuple(ignore), tuple(overrides.items()), lm_head, storage)
+        return cls(layer, ignore, tuple(overrides.items()), lm_head, storage)
 
 
 def _check_keys(mapping: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

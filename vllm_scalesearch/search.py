@@ -159,7 +159,7 @@ def quantize(
 
     x: (..., K) bf16, fp16 or fp32; K a multiple of the block size.
     per_row: one tensor scale for each row of the last dimension instead of one for the tensor.
-    tensor_scale: fp32, scalar or (..., 1): use this one; larger values then saturate.
+    tensor_scale: fp32, scalar or (..., 1), at least 2**-126: use this one; larger values saturate.
     importance: for ``wmse`` (K,) fp32 weights E[x^2] of the input channels, for ``hessian``
         (K // block, block, block) fp32 second moments E[x x^T] of each block's channels.
     Raises ValueError for a width that is not whole blocks, for another dtype, and for a metric
@@ -178,15 +178,15 @@ def quantize(
     else:
         tensor_scale = torch.ones((), device=x.device)
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     packed = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(rows.shape[0], rows.shape[1] // fmt.block_size, dtype=torch.uint8, device=x.device)
     for part, elements, codes in searched_rows(rows, tensor_scale, fmt, policy, importance):
         packed[part] = pack_e2m1(e2m1_codes(elements)).view(elements.shape[0], -1)
         scales[part] = codes
     return QuantizedTensor(
-        packed.view(*x.shape[:-1], -1),
-        scales.view(*x.shape[:-1], -1).view(fmt.scale_dtype),
+        packed.view(*x.shape[:-1], packed.shape[-1]),
+        scales.view(*x.shape[:-1], scales.shape[-1]).view(fmt.scale_dtype),
         tensor_scale.float(),
         fmt,
     )
@@ -205,14 +205,16 @@ def searched_rows(
     Yields (slice of rows r, elements (r, K) fp32 on the E2M1 grid, scale codes (r, K // block)
     uint8). Works without waiting for the device, so it can be captured in a CUDA graph.
     """
-    reciprocal = (1.0 / tensor_scale).reshape(-1, 1).expand(rows.shape[0], 1)
+    reciprocal = (1.0 / tensor_scale).reshape(tensor_scale.numel(), 1).expand(rows.shape[0], 1)
     chunk = _CHUNK_VALUES["cpu" if rows.device.type == "cpu" else "cuda"]
     step = max(1, chunk // max(1, rows.shape[1] * policy.candidate_count(fmt)))
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
-        y = rows[part].float() * reciprocal[part]
-        elements, codes = _search_blocks(y.view(-1, fmt.block_size), fmt, policy, importance)
-        yield part, elements.view(y.shape), codes.view(y.shape[0], -1)
+        blocks = rows[part].float().reshape(-1, fmt.block_size)
+        per_block = reciprocal[part].expand(-1, rows.shape[1] // fmt.block_size).reshape(-1, 1)
+        elements, codes = _search_blocks(blocks, per_block, fmt, policy, importance)
+        count = len(rows[part])
+        yield part, elements.view(count, rows.shape[1]), codes.view(count, -1)
 
 
 def _check_importance(
@@ -230,15 +232,22 @@ def _check_importance(
 
 
 def _search_blocks(
-    blocks: torch.Tensor, fmt: BlockFormat, policy: ScalePolicy, importance: torch.Tensor | None
+    blocks: torch.Tensor,
+    reciprocal: torch.Tensor,
+    fmt: BlockFormat,
+    policy: ScalePolicy,
+    importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Elements (B, block) fp32 and scale codes (B,) uint8 of blocks already over the tensor scale."""
-    # Far above the largest value every element saturates; the bound keeps the error finite.
+    """Elements (B, block) fp32 and scale codes (B,) uint8 of fp32 blocks, `reciprocal` (B, 1) of
+    their tensor scale."""
     magnitude = blocks.abs()
     amax = magnitude.amax(dim=-1)
     finite = torch.isfinite(amax)  # amax carries NaN; whatever else such a block gets is replaced
-    magnitude.clamp_(max=2.0**40)
-    codes = policy.candidate_codes(amax.clamp_(max=2.0**40), fmt)
+    if fmt.has_tensor_scale:
+        # Far above the largest value every element saturates; the bound keeps the error finite.
+        magnitude.mul_(reciprocal).clamp_(max=2.0**40)
+        amax = (amax * reciprocal.squeeze(-1)).clamp_(max=2.0**40)
+    codes = policy.candidate_codes(amax, fmt)
     if not fmt.has_tensor_scale:
         unit = fmt.absmax_codes(amax).clamp_(fmt.min_code, fmt.max_code)
         magnitude = torch.ldexp(magnitude, 127 - unit.unsqueeze(-1))

@@ -6,7 +6,7 @@ core would multiply, so the product that follows has NVFP4 numerics.
 
 import torch
 
-from vllm_scalesearch.formats import FORMATS, finite_amax, fold_exponent, tensor_scale_of
+from vllm_scalesearch.formats import FORMATS, finite_amax, tensor_scale_of
 from vllm_scalesearch.search import ScalePolicy, searched_rows
 
 _LIB = torch.library.Library("vllm_scalesearch", "FRAGMENT")
@@ -26,11 +26,11 @@ def quantize_values(x: torch.Tensor, format: str, policy: str) -> tuple[torch.Te
 
 def _reference(x: torch.Tensor, format: str, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
     fmt = FORMATS[format]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     amax = finite_amax(rows, dim=-1)
     tensor_scale = tensor_scale_of(amax) if fmt.has_tensor_scale else torch.ones_like(amax)
-    exponent = fold_exponent(tensor_scale, x.dtype)
-    values = torch.empty_like(rows)
+    exponent = fmt.fold_exponent(tensor_scale, x.dtype)
+    values = rows.new_empty(rows.shape)
     for part, elements, codes in searched_rows(rows, tensor_scale, fmt, ScalePolicy(policy)):
         scales = torch.ldexp(fmt.decode_scales(codes), exponent[part])
         values[part] = (elements.unflatten(-1, (-1, fmt.block_size)) * scales.unsqueeze(-1)).flatten(1)
@@ -39,7 +39,7 @@ def _reference(x: torch.Tensor, format: str, policy: str) -> tuple[torch.Tensor,
 
 
 def _fake(x: torch.Tensor, format: str, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 _LIB.impl("quantize_values", _reference, "CompositeExplicitAutograd")
