@@ -259,6 +259,14 @@ def test_mxfp4_values_are_exact(dtype: torch.dtype) -> None:
     assert same_bits(values.float() * residual, quantized.dequantize())
 
 
+def test_fp16_holds_mxfp4_values_from_2_to_the_minus_22() -> None:
+    codes = list(range(100, 106))
+    values, residual = every_product("mxfp4", codes, torch.tensor(1.0)).values(torch.float16)
+    exact = products("mxfp4", codes)
+    held = exact.abs() >= 2.0**-22
+    assert torch.equal((values.double() * residual.double())[held], exact[held])
+
+
 def test_nan_scale_makes_its_block_nan() -> None:
     for fmt, ordinary in ((NVFP4, 56), (MXFP4, 127)):
         quantized = every_product(fmt.name, [fmt.nan_code, ordinary], torch.tensor(1.0))

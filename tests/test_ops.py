@@ -122,6 +122,15 @@ def test_strided_input_is_quantized_like_its_copy(layout: str, fmt: str) -> None
 
 
 @FORMAT
+def test_small_fp16_values_are_those_of_quantize(fmt: str) -> None:
+    x = torch.full((1, 64), 2.0**-22, dtype=torch.float16)
+    values, residual = quantize_values(x, fmt, "paper")
+    assert torch.equal(values.float() * residual, x.float())
+    expected, expected_residual = quantize(x, FORMATS[fmt], per_row=True).values(x.dtype)
+    assert torch.equal(expected.float() * expected_residual, x.float())
+
+
+@FORMAT
 def test_finite_fp16_input_gives_finite_values(fmt: str) -> None:
     x = torch.full((1, 64), 65504.0, dtype=torch.float16)
     values, residual = quantize_values(x, fmt, "paper")

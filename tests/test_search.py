@@ -97,7 +97,7 @@ def scalar_block(x: list[float], tensor_scale: float, fmt: BlockFormat, rule: st
 
 def scalar_tensor_scale(values: list[float]) -> float:
     amax = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
-    return max(f32(amax / 2688), 2.0**-126) if amax > 0 else 1.0
+    return max(f32(amax * f32(1 / 2688)), 2.0**-126) if amax > 0 else 1.0
 
 
 def check(
@@ -246,6 +246,20 @@ def test_products_with_reciprocals_follow_the_definition(tensor_scale: float, ru
     ties = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] * 2)
     x = torch.tensor(E4M3[1:]).unsqueeze(-1) * ties * tensor_scale
     check(x, NVFP4, rule, tensor_scale=torch.tensor(tensor_scale))
+
+
+def test_errors_are_added_neighbours_first() -> None:
+    # Pairs that mirror each other between a value of scale 1 (code 56) and one of scale 1.25 (code
+    # 58) swap their errors when the scale changes. So both scales leave the same squares at other
+    # places, and only the order of the rounded sum tells them apart.
+    rng = generator()
+    below, above = torch.tensor([[1.0, 1.25], [1.875, 2.0], [2.5, 3.0], [3.75, 4.0]]).repeat(2, 1).T
+    middle, half = (below + above) / 2, (above - below) / 2
+    shift = half * torch.randint(1, 2**16, (64, 8), generator=rng) / 2**17
+    pairs = torch.cat((middle + shift, middle - shift), dim=-1)
+    x = torch.stack([row[torch.randperm(16, generator=rng)] for row in pairs])
+    found = check(x, NVFP4, "offsets:6,8", tensor_scale=torch.tensor(1.0))
+    assert scale_codes(found).unique().tolist() == [56, 58]
 
 
 def test_one_block_worked_by_hand() -> None:

@@ -210,11 +210,13 @@ def finite_amax(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
 
 
 def tensor_scale_of(amax: torch.Tensor) -> torch.Tensor:
-    """fp32 tensor scale that maps `amax` to the largest NVFP4 value: ``amax / (6 * 448)``.
+    """fp32 tensor scale that maps `amax` to the largest NVFP4 value: ``amax * fp32(1 / (6 * 448))``.
 
-    Zero gives 1, and nothing gives less than 2**-126, whose reciprocal is still finite.
+    A product and no quotient: torch divides by a number exactly on the CPU and through a reciprocal
+    on the GPU, and the bits should not depend on that. Zero gives 1, and nothing gives less than
+    2**-126, whose reciprocal is still finite.
     """
-    scale = (amax.float() / (E2M1_MAX * E4M3_MAX)).clamp(min=_SMALLEST_TENSOR_SCALE)
+    scale = (amax.float() * (1.0 / (E2M1_MAX * E4M3_MAX))).clamp(min=_SMALLEST_TENSOR_SCALE)
     return torch.where(amax > 0, scale, torch.ones_like(scale))
 
 
@@ -246,14 +248,14 @@ class QuantizedTensor:
         values: (..., K) in `dtype` (bf16, fp16 or fp32), element * block_scale * 2**e.
         residual: fp32, ``tensor_scale * 2**-e``, shaped like tensor_scale; in [1, 2) unless
         clamped. The tensor is ``values * residual``; a matrix product may use `values` and multiply
-        its result by `residual`. What fp16 cannot hold are MXFP4 values below 2**-23.
+        its result by `residual`. What fp16 cannot hold are MXFP4 values below 2**-22.
         """
         exponent = self.format.fold_exponent(self.tensor_scale, dtype)
-        blocks = decode_packed(self.packed, dtype).unflatten(
-            -1, (self.scales.shape[-1], self.format.block_size)
-        )
+        # fp16 holds the products, but not every scale on the way to them.
+        work = torch.float32 if dtype == torch.float16 else dtype
+        blocks = decode_packed(self.packed, work).view(*self.scales.shape, self.format.block_size)
         scales = torch.ldexp(self.format.decode_scales(self.scales.view(torch.uint8)), exponent)
-        values = blocks.mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
+        values = blocks.mul_(scales.to(work).unsqueeze(-1)).flatten(-2).to(dtype)
         return values, self.residual(dtype)
 
     def residual(self, dtype: torch.dtype) -> torch.Tensor:
