@@ -276,3 +276,30 @@ def test_patterns_may_match_on_another_rank() -> None:
     selection.check_all_matched({"lm_head", "embed_out"}, ["lm_head", *selection.seen])
     with pytest.raises(ValueError, match=r"'embed_out' matches no layer.*lm_head"):
         selection.check_all_matched({"lm_head"}, ["lm_head", *selection.seen])
+
+
+@pytest.mark.parametrize("mapping", [None, ["format"], "paper"])
+def test_options_are_a_mapping(mapping) -> None:
+    with pytest.raises(ValueError, match="SRC: expected a mapping"):
+        Options.from_mapping(mapping, "SRC")
+
+
+def test_override_of_ignored_layers_is_not_dead() -> None:
+    options = Options.from_mapping({"ignore": ["mlp"], "overrides": {"down_proj": {"weights": "full"}}}, "SRC")
+    selection = LayerSelection(options)
+    assert selection.select("layers.0.mlp.down_proj", ["layers.0.mlp.down_proj"]) is None
+    selection.check_all_matched(selection.matched, selection.seen)
+
+
+def test_overrides_that_contradict_each_other_name_the_layer() -> None:
+    changes = {"mlp": {"weights": "4over6"}, "down_proj": {"format": "mxfp4"}}
+    selection = LayerSelection(Options.from_mapping({"overrides": changes}, "SRC"))
+    with pytest.raises(ValueError, match=r"'down_proj'.* on layers\.0\.mlp\.down_proj.*4over6"):
+        selection.select("layers.0.mlp.down_proj", ["layers.0.mlp.down_proj"])
+
+
+def test_every_number_of_a_name_is_summarized_and_none_twice() -> None:
+    selection = LayerSelection(Options.from_mapping({"ignore": ["nothing"]}, "SRC"))
+    names = [f"layers.{i}.experts.{j}.w1" for i in (2, 3) for j in (0, 1, 5)] + ["layers.3.o", "layers.3.o"]
+    with pytest.raises(ValueError, match=r"layers\.\{2\.\.3\}\.experts\.\{0\.\.5\}\.w1, layers\.3\.o$"):
+        selection.check_all_matched(set(), names)

@@ -79,8 +79,6 @@ class ScaleSearchConfig(QuantizationConfig):
         if self._selection is None:
             user = get_current_vllm_config().additional_config.get(QUANT_METHOD, {})
             source = f"additional_config[{QUANT_METHOD!r}]"
-            if not isinstance(user, Mapping):
-                raise ValueError(f"{source}: expected a mapping of options, got {user!r}")
             Options.from_mapping(user, source)
             options = Options.from_mapping({**self.checkpoint_options, **user}, "scalesearch")
             self._selection = LayerSelection(options)

@@ -22,7 +22,7 @@ Special values, once and for every format:
 * a block with a NaN or an infinity in it is stored as codes 0 under a NaN scale (E4M3 0x7F, E8M0
   0xFF) and dequantizes to NaN throughout. Tensor scales look at the finite values only, so the
   other blocks of that tensor keep their meaning;
-* an all-zero block takes the smallest allowed scale code; no scale of zero is ever written.
+* no E4M3 scale of zero is ever written; an all-zero block takes its policy's smallest candidate.
 """
 
 import functools
@@ -195,6 +195,13 @@ NVFP4 = BlockFormat("nvfp4", 16, torch.float8_e4m3fn, 1, 126, E4M3_NAN, True)
 # 6 * 2**126 is no fp32 number any more, so the two largest E8M0 scales are decoded but not written.
 MXFP4 = BlockFormat("mxfp4", 32, torch.float8_e8m0fnu, 0, 252, E8M0_NAN, False)
 FORMATS = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
+
+
+def format_named(name: str) -> BlockFormat:
+    """The format called `name`. Raises ValueError that lists the formats for anything else."""
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 # --- tensor scale --------------------------------------------------------------------------------

@@ -132,6 +132,8 @@ class ScaleSearchLinearMethod(LinearMethodBase):
         if self.options.activations is None:
             return self.product.apply(layer, x, bias)
         values, residual = quantize_values(x, self.options.format, self.options.activations)
+        if bias is not None:
+            bias = getattr(layer, "plain_bias", bias)
         return _scale(self.product.apply(layer, values, None), residual, bias)
 
 
@@ -185,7 +187,6 @@ class _VllmKernelProduct(_Product):
     """vLLM's own 4-bit weight-only kernel for this GPU, fed with our codes and scales."""
 
     def __init__(self, options: LayerOptions) -> None:
-        self.adds_bias = options.activations is None
         if options.format == "nvfp4":
             self.kernel = init_nvfp4_linear_kernel(use_a16=True)
         else:
@@ -198,14 +199,13 @@ class _VllmKernelProduct(_Product):
             layer.weight_global_scale = Parameter(weight.tensor_scale, requires_grad=False)
         else:
             layer.weight_scale = Parameter(weight.scales.view(torch.uint8), requires_grad=False)
-        # With quantized inputs the bias is added after their scale, so the kernel, which may
-        # reorder a bias for itself, must not see it.
         bias = getattr(layer, "bias", None)
-        if not self.adds_bias and bias is not None:
-            layer.bias = None
+        layer.has_bias = bias is not None  # read by Humming; an output head does not have it
+        if bias is not None:
+            # The kernel may pad and reorder the bias for itself. With quantized inputs the bias is
+            # added after their scale, outside the kernel, and as it was.
+            layer.register_buffer("plain_bias", bias.detach().clone(), persistent=False)
         self.kernel.process_weights_after_loading(layer)
-        if not self.adds_bias and bias is not None:
-            layer.bias = bias
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self.kernel.apply_weights(layer, x, bias)

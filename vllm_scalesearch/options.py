@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from vllm_scalesearch.formats import FORMATS, BlockFormat
+from vllm_scalesearch.formats import BlockFormat, format_named
 from vllm_scalesearch.search import ScalePolicy
 
 QUANT_METHOD = "scalesearch"
@@ -32,8 +32,7 @@ class LayerOptions:
     activations: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, str) or self.format not in FORMATS:
-            raise ValueError(f"scalesearch: unknown format {self.format!r}; there are {', '.join(FORMATS)}")
+        format_named(self.format)
         for key in ("weights", "activations"):
             rule = getattr(self, key)
             if rule is None and key == "activations":
@@ -41,11 +40,11 @@ class LayerOptions:
             try:
                 ScalePolicy(rule).check_format(self.block_format)
             except ValueError as error:
-                raise ValueError(f"scalesearch: option {key!r}: {error}") from None
+                raise ValueError(f"option {key!r}: {error}") from None
 
     @property
     def block_format(self) -> BlockFormat:
-        return FORMATS[self.format]
+        return format_named(self.format)
 
     @property
     def scheme(self) -> str:
@@ -88,6 +87,8 @@ class Options:
 
         Raises ValueError for an unknown key, a wrong type or a wrong value.
         """
+        if not isinstance(mapping, Mapping):
+            raise ValueError(f"{source}: expected a mapping of options, got {mapping!r}")
         known = (*_LAYER_KEYS, "ignore", "overrides", "lm_head", "cpu_storage")
         _check_keys(mapping, known, source)
         ignore = mapping.get("ignore", ())
@@ -159,13 +160,16 @@ class LayerSelection:
         """
         parts = list(parts)
         self.seen.extend(parts)
-        if any([self._selects(pattern, name, parts) for pattern in self.options.ignore]):
-            return None
+        # Every pattern is tried, so that one which names ignored layers only is not called dead.
+        ignored = [pattern for pattern in self.options.ignore if self._selects(pattern, name, parts)]
         layer = self.options.layer
         for pattern, changes in self.options.overrides:
             if self._selects(pattern, name, parts):
-                layer = replace(layer, **changes)
-        return layer
+                try:
+                    layer = replace(layer, **changes)
+                except ValueError as error:
+                    raise ValueError(f"scalesearch: overrides[{pattern!r}] on {name}: {error}") from None
+        return None if ignored else layer
 
     def _selects(self, pattern: str, name: str, parts: list[str]) -> bool:
         hits = [part for part in parts if pattern_matches(pattern, part)]
@@ -195,16 +199,17 @@ class LayerSelection:
 
 
 def _summarize(names: Iterable[str]) -> list[str]:
-    """Layer names with the index of repeated blocks written once: ``model.layers.{0..29}.q_proj``."""
-    indices: dict[str, list[int]] = {}
+    """Layer names with the numbers of repeated blocks written once: ``model.layers.{0..29}.q_proj``."""
+    number = re.compile(r"(?<=\.)\d+(?=\.|$)")
+    spans: dict[str, list[set[int]]] = {}
     for name in names:
-        match = re.search(r"\.(\d+)\.", name)
-        key = name if match is None else f"{name[: match.start()]}.{{}}.{name[match.end() :]}"
-        indices.setdefault(key, []).extend([] if match is None else [int(match[1])])
-    return [key.replace("{}", _span(seen)) for key, seen in indices.items()]
+        found = [int(digits) for digits in number.findall(name)]
+        seen = spans.setdefault(number.sub("{}", name), [set() for _ in found])
+        for values, value in zip(seen, found, strict=True):
+            values.add(value)
+    return [key.format(*map(_span, seen)) for key, seen in spans.items()]
 
 
-def _span(indices: list[int]) -> str:
-    if len(indices) < 2:
-        return "".join(map(str, indices))
-    return f"{{{min(indices)}..{max(indices)}}}"
+def _span(values: set[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{{{low}..{high}}}"

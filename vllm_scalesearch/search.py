@@ -40,7 +40,8 @@ from vllm_scalesearch.formats import (
 METRICS = ("mse", "wmse", "hessian")
 
 # Offsets from the absmax code. NVFP4: `paper` is the window of arXiv 2605.12464; `exact` holds the
-# MSE optimum wherever no code saturates (arXiv 2606.07618); `fast` is the best set of four by
+# MSE optimum wherever no code saturates (arXiv 2606.07618) and E4M3 is not subnormal, which leaves
+# out blocks some 30,000 times smaller than the tensor's largest value; `fast` is the best set of four by
 # benchmarks/quant_error.py. MXFP4: one step up avoids all clipping, and a further step only drops
 # grid points, so +1 is the end; two steps down costs the largest value at least (4 - 6/4)^2 = 6.25
 # squared units of the absmax scale, more than the others can gain (31 / 16), so -1 is the other end.

@@ -5,7 +5,7 @@ The CPU's memory-saving path. The numbers are those of the dense path; the cost 
 
 import torch
 
-from vllm_scalesearch.formats import FORMATS, QuantizedTensor
+from vllm_scalesearch.formats import QuantizedTensor, format_named
 
 # Output rows dequantized at once; with K = 4096 that is 1 MiB of bf16, about a core's L2.
 _ROWS = 128
@@ -31,7 +31,7 @@ def _reference(
     out = x.new_empty((*x.shape[:-1], packed.shape[0]))
     for start in range(0, packed.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        part = QuantizedTensor(packed[rows], scales[rows], tensor_scale, FORMATS[format])
+        part = QuantizedTensor(packed[rows], scales[rows], tensor_scale, format_named(format))
         out[..., rows] = torch.nn.functional.linear(x, part.values(x.dtype)[0])
     return out
 

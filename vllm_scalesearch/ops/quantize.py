@@ -6,7 +6,7 @@ core would multiply, so the product that follows has NVFP4 numerics.
 
 import torch
 
-from vllm_scalesearch.formats import FORMATS, finite_amax, tensor_scale_of
+from vllm_scalesearch.formats import finite_amax, format_named, tensor_scale_of
 from vllm_scalesearch.search import ScalePolicy, searched_rows
 
 _LIB = torch.library.Library("vllm_scalesearch", "FRAGMENT")
@@ -25,7 +25,8 @@ def quantize_values(x: torch.Tensor, format: str, policy: str) -> tuple[torch.Te
 
 
 def _reference(x: torch.Tensor, format: str, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt = FORMATS[format]
+    fmt = format_named(format)
+    fmt.check_width(x.shape[-1], "quantize_values")
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     amax = finite_amax(rows, dim=-1)
     tensor_scale = tensor_scale_of(amax) if fmt.has_tensor_scale else torch.ones_like(amax)
