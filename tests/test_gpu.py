@@ -97,7 +97,8 @@ def test_biases_come_after_the_scales(engine, tiny, label):
 def test_compiled_and_captured_model_answers(engine, smollm2, options):
     from vllm import SamplingParams
 
-    llm = engine(smollm2, options, enforce_eager=False, **MARLIN)
+    graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
+    llm = engine(smollm2, options, enforce_eager=False, compilation_config=graphs, **MARLIN)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = llm.chat(question, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
     assert "Paris" in answer[0].outputs[0].text

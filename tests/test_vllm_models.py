@@ -100,8 +100,8 @@ def test_ignore_and_overrides(engine, tiny):
     }
     llm = engine(tiny("Llama"), options)
     methods = llm.apply_model(_linear_methods)[0]
-    assert methods["model.layers.0.mlp.gate_up_proj"] == "UnquantizedLinearMethod"
-    assert methods["model.layers.0.mlp.down_proj"] == "UnquantizedLinearMethod"
+    assert methods["model.layers.0.mlp.gate_up_proj"] == "FullPrecisionLinearMethod"
+    assert methods["model.layers.0.mlp.down_proj"] == "FullPrecisionLinearMethod"
     assert methods["model.layers.1.mlp.down_proj"] == "ScaleSearchLinearMethod"
 
     def attention_weights(model: torch.nn.Module):
@@ -147,31 +147,56 @@ def test_options_of_a_checkpoint_and_of_the_user(engine, tiny, tmp_path):
     assert llm.apply_model(dtypes)[0] == {torch.float8_e4m3fn}
 
 
-def test_width_that_is_no_multiple_of_the_block_stays_in_full_precision(engine, tiny, caplog):
-    model = tiny("Llama", intermediate_size=264)
-    with caplog.at_level(logging.WARNING, logger="vllm.scalesearch.linear"):
-        logging.getLogger("vllm").propagate = True
-        llm = engine(model, {})
-    logging.getLogger("vllm").propagate = False
+@pytest.fixture
+def vllm_log(caplog):
+    """What vLLM and the plugin log; vLLM's loggers do not propagate to pytest's."""
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("vllm").removeHandler(caplog.handler)
+
+
+def test_width_that_is_no_multiple_of_the_block_stays_in_full_precision(engine, tiny, vllm_log):
+    llm = engine(tiny("Llama", intermediate_size=264), {})
     methods = llm.apply_model(_linear_methods)[0]
-    assert methods["model.layers.0.mlp.down_proj"] == "UnquantizedLinearMethod"
+    assert methods["model.layers.0.mlp.down_proj"] == "FullPrecisionLinearMethod"
     assert methods["model.layers.0.mlp.gate_up_proj"] == "ScaleSearchLinearMethod"
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in vllm_log.records]
     assert any("model.layers.0.mlp.down_proj stays in" in m and "264" in m and "16" in m for m in messages)
     assert torch.isfinite(prompt_logprobs(llm, PROMPTS)).all()
 
 
-def test_experts_stay_in_full_precision_and_say_so(engine, tiny, caplog):
-    model = tiny("Mixtral", num_local_experts=4, num_experts_per_tok=2)
-    with caplog.at_level(logging.WARNING, logger="vllm.scalesearch.config"):
-        logging.getLogger("vllm").propagate = True
-        llm = engine(model, {})
-    logging.getLogger("vllm").propagate = False
+def test_experts_stay_in_full_precision_and_say_so(engine, tiny, vllm_log):
+    llm = engine(tiny("Mixtral", num_local_experts=4, num_experts_per_tok=2), {})
     methods = llm.apply_model(_linear_methods)[0]
     assert methods["model.layers.0.self_attn.qkv_proj"] == "ScaleSearchLinearMethod"
     assert "UnquantizedFusedMoEMethod" in methods.values()
-    assert any("experts stay" in record.getMessage() for record in caplog.records)
+    assert any("experts stay" in record.getMessage() for record in vllm_log.records)
     assert torch.isfinite(prompt_logprobs(llm, PROMPTS)).all()
+
+
+def test_one_layer_at_a_time_is_in_full_precision(engine, tiny, monkeypatch):
+    """While a layer is quantized, every other one waits on the meta device or is done."""
+    from vllm_scalesearch.linear import ScaleSearchLinearMethod
+
+    all_layers, counts = [], []
+    create, quantize_layer = ScaleSearchLinearMethod.create_weights, ScaleSearchLinearMethod._quantize
+
+    def create_weights(self, layer, *args, **kwargs):
+        all_layers.append(layer)
+        create(self, layer, *args, **kwargs)
+
+    def count(self, layer):
+        full = [
+            other for other in all_layers if other.weight.dtype == torch.bfloat16 and not other.weight.is_meta
+        ]
+        counts.append(len(full))
+        assert full[0] is layer
+        return quantize_layer(self, layer)
+
+    monkeypatch.setattr(ScaleSearchLinearMethod, "create_weights", create_weights)
+    monkeypatch.setattr(ScaleSearchLinearMethod, "_quantize", count)
+    engine(tiny("Llama"), {"cpu_storage": "packed"})
+    assert counts == [1] * 8
 
 
 def test_dummy_weights(engine, tiny):

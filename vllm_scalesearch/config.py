@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from vllm_scalesearch.linear import ScaleSearchLinearMethod
-from vllm_scalesearch.options import QUANT_METHOD, LayerSelection, Options
+from vllm_scalesearch.linear import FullPrecisionLinearMethod, ScaleSearchLinearMethod
+from vllm_scalesearch.options import QUANT_METHOD, LayerOptions, LayerSelection, Options
 from vllm_scalesearch.vllm_api import (
     LinearBase,
     ParallelLMHead,
@@ -14,7 +14,6 @@ from vllm_scalesearch.vllm_api import (
     RoutedExperts,
     UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
-    UnquantizedLinearMethod,
     current_platform,
     get_current_vllm_config,
     get_pp_group,
@@ -37,7 +36,8 @@ class ScaleSearchConfig(QuantizationConfig):
         self.checkpoint_options = dict(checkpoint_options or {})
         Options.from_mapping(self.checkpoint_options, "quantization_config")
         self._selection: LayerSelection | None = None
-        self._patterns_checked = False
+        self._model_checked = False
+        self._has_head = False
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -77,7 +77,8 @@ class ScaleSearchConfig(QuantizationConfig):
 
     def _select(self) -> LayerSelection:
         if self._selection is None:
-            user = get_current_vllm_config().additional_config.get(QUANT_METHOD, {})
+            additional = get_current_vllm_config().additional_config
+            user = additional.get(QUANT_METHOD, {}) if isinstance(additional, Mapping) else {}
             source = f"additional_config[{QUANT_METHOD!r}]"
             Options.from_mapping(user, source)
             options = Options.from_mapping({**self.checkpoint_options, **user}, "scalesearch")
@@ -89,13 +90,14 @@ class ScaleSearchConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             chosen = self._select().select(prefix, self._checkpoint_names(prefix))
             if chosen is None:
-                return UnquantizedLinearMethod()
-            return ScaleSearchLinearMethod(self, chosen, prefix)
+                return FullPrecisionLinearMethod(self.check_model)
+            return self._method(chosen, prefix)
         if isinstance(layer, ParallelLMHead) and self.options.lm_head:
+            self._has_head = True
             chosen = self._select().select(prefix, [prefix])
             if chosen is None:
                 return UnquantizedEmbeddingMethod()
-            return ScaleSearchLinearMethod(self, chosen, prefix)
+            return self._method(chosen, prefix)
         if isinstance(layer, RoutedExperts):
             logger.warning_once(
                 "scalesearch: mixture-of-experts layers such as %s are not quantized yet; their "
@@ -105,31 +107,34 @@ class ScaleSearchConfig(QuantizationConfig):
             return UnquantizedFusedMoEMethod(layer.moe_config)
         return None
 
+    def _method(self, chosen: LayerOptions, prefix: str) -> ScaleSearchLinearMethod:
+        return ScaleSearchLinearMethod(chosen, prefix, self.options.cpu_storage, self.check_model)
+
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Checkpoint names of the matrices that vLLM fuses into the layer called `prefix`."""
         parent, _, last = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(last, [last])
         return [f"{parent}.{part}" if parent else part for part in parts]
 
-    def check_patterns(self) -> None:
+    def check_model(self) -> None:
         """Raise ValueError for patterns that no layer of the built model matched.
 
-        Called by each layer before it is quantized, when all layers are known; works once. Under
-        pipeline parallelism a rank has some of the layers, so the ranks first share their names.
+        Called by every linear layer once its weight is there, when all layers are known; works once.
+        Under pipeline parallelism a rank has some of the layers, so the ranks first share their names.
         """
-        if self._patterns_checked:
+        if self._model_checked:
             return
-        self._patterns_checked = True
+        self._model_checked = True
         selection = self._select()
-        found = [(selection.matched, selection.seen)]
+        found = [(selection.matched, selection.seen, self._has_head)]
         group = get_pp_group()
         if group.world_size > 1:
+            mine = found[0]
             found = [None] * group.world_size
-            torch.distributed.all_gather_object(found, (selection.matched, selection.seen), group.cpu_group)
-        matched = set().union(*(m for m, _ in found))
-        seen = [name for _, names in found for name in names]
-        selection.check_all_matched(matched, seen)
-        if selection.options.lm_head and "lm_head" not in " ".join(seen):
+            torch.distributed.all_gather_object(found, mine, group.cpu_group)
+        matched = set().union(*(rank[0] for rank in found))
+        selection.check_all_matched(matched, [name for rank in found for name in rank[1]])
+        if selection.options.lm_head and not any(rank[2] for rank in found):
             raise ValueError("scalesearch: 'lm_head' is set, but this model has no output head of its own")
         device = current_platform.device_name or current_platform.device_type
         logger.info_once("scalesearch on %s: %s", device, selection.options.layer)

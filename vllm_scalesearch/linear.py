@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import Parameter
@@ -23,14 +22,29 @@ from vllm_scalesearch.vllm_api import (
     init_mxfp4_linear_kernel,
     init_nvfp4_linear_kernel,
     initialize_online_processing,
+    register_weight_loader_v2_supported_method,
 )
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.config import ScaleSearchConfig
 
 logger = init_logger("vllm.scalesearch.linear")
 
 _LOADABLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@register_weight_loader_v2_supported_method
+class FullPrecisionLinearMethod(UnquantizedLinearMethod):
+    """A layer that stays as it is in the checkpoint.
+
+    It takes part in `check_model`, which under pipeline parallelism waits for every rank, also for
+    one whose layers are all left alone.
+    """
+
+    def __init__(self, check_model: Callable[[], None]) -> None:
+        super().__init__()
+        self.check_model = check_model
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.check_model()
+        super().process_weights_after_loading(layer)
 
 
 class ScaleSearchLinearMethod(LinearMethodBase):
@@ -43,10 +57,17 @@ class ScaleSearchLinearMethod(LinearMethodBase):
 
     uses_meta_device = True
 
-    def __init__(self, config: "ScaleSearchConfig", options: LayerOptions, prefix: str) -> None:
-        self.config = config
+    def __init__(
+        self, options: LayerOptions, prefix: str, cpu_storage: str, check_model: Callable[[], None]
+    ) -> None:
+        """options, cpu_storage: see options.py. prefix: the layer's name.
+
+        check_model: called before the weight is quantized, when all layers of the model are built.
+        """
         self.options = options
         self.prefix = prefix
+        self.cpu_storage = cpu_storage
+        self.check_model = check_model
         self.product: _Product
 
     def create_weights(
@@ -67,7 +88,7 @@ class ScaleSearchLinearMethod(LinearMethodBase):
                 self.prefix, params_dtype, input_size, input_size_per_partition,
                 self.options.format, block,
             )  # fmt: skip
-            layer.quant_method = UnquantizedLinearMethod()
+            layer.quant_method = FullPrecisionLinearMethod(self.check_model)
             layer.quant_method.create_weights(
                 layer, input_size_per_partition, output_partition_sizes, input_size, output_size,
                 params_dtype, **extra_weight_attrs,
@@ -89,7 +110,7 @@ class ScaleSearchLinearMethod(LinearMethodBase):
         )
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
-        self.product = _product(self.config.options.cpu_storage, self.options)
+        self.product = _product(self.cpu_storage, self.options)
 
     def _checked(self, weight_loader: Callable) -> Callable:
         @functools.wraps(weight_loader)
@@ -112,7 +133,7 @@ class ScaleSearchLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
-        self.config.check_patterns()
+        self.check_model()
         self.product.load(layer, self._quantize(layer))
         layer._already_called_process_weights_after_loading = True
 

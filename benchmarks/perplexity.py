@@ -1,0 +1,113 @@
+"""Perplexity through vLLM, for bf16 and for each way to quantize.
+
+    python benchmarks/perplexity.py --text wikitext-2/test.txt [--windows 8] [--length 1024]
+
+The text is tokenized as a whole and cut into windows that share nothing; the first token of each is
+not scored. Beside the perplexity stands the mean difference from bf16 per token with its standard
+error, paired token by token, since quantized and bf16 runs see the same text.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+CONFIGS: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "w4a16 absmax": {"weights": "absmax"},
+    "w4a16 4over6": {"weights": "4over6"},
+    "w4a16 paper": {"weights": "paper"},
+    "w4a16 full": {"weights": "full"},
+    "w4a4 absmax": {"weights": "absmax", "activations": "absmax"},
+    "w4a4 fast": {"weights": "paper", "activations": "fast"},
+    "w4a4 paper": {"weights": "paper", "activations": "paper"},
+    "mxfp4 w4a16 absmax": {"format": "mxfp4", "weights": "absmax"},
+    "mxfp4 w4a16 paper": {"format": "mxfp4", "weights": "paper"},
+}
+
+
+def token_losses(model: Path, options: dict[str, Any] | None, windows: list[list[int]]) -> torch.Tensor:
+    """Negative log probability of every scored token, fp64, in nats."""
+    from vllm import LLM, SamplingParams
+
+    quantization = {} if options is None else {
+        "quantization": "scalesearch",
+        "additional_config": {"scalesearch": options},
+    }  # fmt: skip
+    llm = LLM(
+        str(model),
+        enforce_eager=True,
+        max_model_len=len(windows[0]) + 1,
+        disable_log_stats=True,
+        **quantization,
+    )
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": window} for window in windows], params)
+    losses = [
+        -position[token].logprob
+        for output, window in zip(outputs, windows, strict=True)
+        for position, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)
+    ]
+    llm.llm_engine.engine_core.shutdown()
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="a text file, such as WikiText-2's test.txt")
+    parser.add_argument("--model", type=Path, help="a bf16 folder; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    from vllm_scalesearch import smollm2
+
+    model = args.model or smollm2.fetch()
+    ids = AutoTokenizer.from_pretrained(model)(args.text.read_text()).input_ids
+    if len(ids) < args.windows * args.length:
+        parser.error(f"{args.text} has {len(ids)} tokens, fewer than {args.windows} windows of {args.length}")
+    windows = [ids[i * args.length : (i + 1) * args.length] for i in range(args.windows)]
+
+    rows, results = [], {}
+    reference = None
+    for label in args.configs:
+        losses = token_losses(model, CONFIGS[label], windows)
+        perplexity = math.exp(losses.mean())
+        results[label] = {"perplexity": perplexity, "tokens": len(losses)}
+        cells = [label, f"{perplexity:.2f}"]
+        if label == "bf16":
+            reference = losses
+        elif reference is not None:
+            difference = losses - reference
+            mean, error = difference.mean().item(), (difference.std() / math.sqrt(len(difference))).item()
+            results[label] |= {"nats_over_bf16": mean, "standard_error": error}
+            cells += [f"{math.exp(mean) - 1:+.1%}", f"{mean:+.4f} +- {error:.4f}"]
+        rows.append(cells + [""] * (4 - len(cells)))
+        print(f"{label}: perplexity {perplexity:.3f}", flush=True)
+    print()
+    report.table(["", "perplexity", "over bf16", "nats a token over bf16"], rows)
+    report.write(
+        "perplexity",
+        {
+            "model": model.name,
+            "text": args.text.name,
+            "windows": args.windows,
+            "length": args.length,
+            "runs": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
