@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
-    "Name three animals that can fly.",
+    "What color is the sky on a clear day?",
 )
 
 
