@@ -60,15 +60,15 @@ def token_losses(model: Path, options: dict[str, Any] | None, windows: list[list
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, required=True, help="a text file, such as WikiText-2's test.txt")
     parser.add_argument("--model", type=Path, help="a bf16 folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    args = parser.parse_args()
 
+
+def load_windows(args: argparse.Namespace) -> tuple[Path, list[list[int]]]:
+    """The model's folder, and the windows of token ids that `add_text_options` asks for."""
     from transformers import AutoTokenizer
 
     from vllm_scalesearch import smollm2
@@ -76,8 +76,19 @@ def main() -> None:
     model = args.model or smollm2.fetch()
     ids = AutoTokenizer.from_pretrained(model)(args.text.read_text()).input_ids
     if len(ids) < args.windows * args.length:
-        parser.error(f"{args.text} has {len(ids)} tokens, fewer than {args.windows} windows of {args.length}")
-    windows = [ids[i * args.length : (i + 1) * args.length] for i in range(args.windows)]
+        raise SystemExit(
+            f"{args.text} has {len(ids)} tokens, fewer than {args.windows} windows of {args.length}"
+        )
+    return model, [ids[i * args.length : (i + 1) * args.length] for i in range(args.windows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_options(parser)
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    args = parser.parse_args()
+
+    model, windows = load_windows(args)
 
     rows, results = [], {}
     reference = None

@@ -10,12 +10,21 @@ from vllm_scalesearch.search import quantize
 
 # Matrices that vLLM fuses share their tensor scale.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+# What a checkpoint with a scale for each of its matrices would do.
+SEPARATE = tuple((name,) for group in FUSED for name in group)
 
 
 def fake_quantized(
-    model: Path, format: str = "nvfp4", weights: str | None = "paper", activations: str | None = None
+    model: Path,
+    format: str = "nvfp4",
+    weights: str | None = "paper",
+    activations: str | None = None,
+    groups: tuple[tuple[str, ...], ...] = FUSED,
 ) -> torch.nn.Module:
-    """The model in fp32 with weights, and inputs where asked, replaced by what they dequantize to."""
+    """The model in fp32 with weights, and inputs where asked, replaced by what they dequantize to.
+
+    groups: which matrices of a block share a tensor scale.
+    """
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     fmt = FORMATS[format]
     for block in network.model.layers:
@@ -24,7 +33,7 @@ def fake_quantized(
             for name, module in block.named_modules()
             if isinstance(module, torch.nn.Linear)
         }
-        for group in FUSED:
+        for group in groups:
             members = [linears[name] for name in group]
             amax = torch.stack([finite_amax(member.weight) for member in members]).amax()
             scale = tensor_scale_of(amax) if fmt.has_tensor_scale else None
