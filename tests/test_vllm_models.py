@@ -150,6 +150,8 @@ def test_options_of_a_checkpoint_and_of_the_user(engine, tiny, tmp_path):
 @pytest.fixture
 def vllm_log(caplog):
     """What vLLM and the plugin log; vLLM's loggers do not propagate to pytest's."""
+    import vllm  # noqa: F401 - importing it sets up the loggers anew
+
     logging.getLogger("vllm").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("vllm").removeHandler(caplog.handler)
@@ -165,12 +167,14 @@ def test_width_that_is_no_multiple_of_the_block_stays_in_full_precision(engine, 
     assert torch.isfinite(prompt_logprobs(llm, PROMPTS)).all()
 
 
-def test_experts_stay_in_full_precision_and_say_so(engine, tiny, vllm_log):
-    llm = engine(tiny("Mixtral", num_local_experts=4, num_experts_per_tok=2), {})
+def test_experts_and_routers_stay_in_full_precision(engine, tiny, vllm_log):
+    model = tiny("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    llm = engine(model, {})
     methods = llm.apply_model(_linear_methods)[0]
     assert methods["model.layers.0.self_attn.qkv_proj"] == "ScaleSearchLinearMethod"
     assert "UnquantizedFusedMoEMethod" in methods.values()
-    assert any("experts stay" in record.getMessage() for record in vllm_log.records)
+    assert methods["model.layers.0.mlp.gate"] == "FullPrecisionLinearMethod"
+    assert sum("experts stay" in record.getMessage() for record in vllm_log.records) == 1
     assert torch.isfinite(prompt_logprobs(llm, PROMPTS)).all()
 
 

@@ -11,6 +11,7 @@ from vllm_scalesearch.vllm_api import (
     LinearBase,
     ParallelLMHead,
     QuantizationConfig,
+    ReplicatedLinear,
     RoutedExperts,
     UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
@@ -22,6 +23,8 @@ from vllm_scalesearch.vllm_api import (
 
 # Not `__name__`: vLLM configures the handlers of its own logger names only.
 logger = init_logger("vllm.scalesearch.config")
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 class ScaleSearchConfig(QuantizationConfig):
@@ -38,6 +41,7 @@ class ScaleSearchConfig(QuantizationConfig):
         self._selection: LayerSelection | None = None
         self._model_checked = False
         self._has_head = False
+        self._experts_reported = False
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -89,7 +93,7 @@ class ScaleSearchConfig(QuantizationConfig):
         """The method of one layer; None where vLLM's own is meant (attention, embeddings)."""
         if isinstance(layer, LinearBase):
             chosen = self._select().select(prefix, self._checkpoint_names(prefix))
-            if chosen is None:
+            if chosen is None or _is_router(layer, prefix):
                 return FullPrecisionLinearMethod(self.check_model)
             return self._method(chosen, prefix)
         if isinstance(layer, ParallelLMHead) and self.options.lm_head:
@@ -99,11 +103,13 @@ class ScaleSearchConfig(QuantizationConfig):
                 return UnquantizedEmbeddingMethod()
             return self._method(chosen, prefix)
         if isinstance(layer, RoutedExperts):
-            logger.warning_once(
-                "scalesearch: mixture-of-experts layers such as %s are not quantized yet; their "
-                "experts stay in the checkpoint's dtype",
-                prefix,
-            )
+            if not self._experts_reported:
+                self._experts_reported = True
+                logger.warning(
+                    "scalesearch: mixture-of-experts layers (%s and others) are not quantized yet; "
+                    "their experts stay in the checkpoint's dtype",
+                    prefix,
+                )
             return UnquantizedFusedMoEMethod(layer.moe_config)
         return None
 
@@ -138,6 +144,11 @@ class ScaleSearchConfig(QuantizationConfig):
             raise ValueError("scalesearch: 'lm_head' is set, but this model has no output head of its own")
         device = current_platform.device_name or current_platform.device_type
         logger.info_once("scalesearch on %s: %s", device, selection.options.layer)
+
+
+def _is_router(layer: torch.nn.Module, prefix: str) -> bool:
+    """Whether a layer chooses experts: few weights, and each error may send a token elsewhere."""
+    return isinstance(layer, ReplicatedLinear) and prefix.rpartition(".")[2] in _ROUTERS
 
 
 __all__ = ["ScaleSearchConfig"]

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    ReplicatedLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "ModelWeightParameter",
     "ParallelLMHead",
     "QuantizationConfig",
+    "ReplicatedLinear",
     "RoutedExperts",
     "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
