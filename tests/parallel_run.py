@@ -8,6 +8,7 @@ is only loaded.
 
 import io
 import json
+import os
 import sys
 
 import layers
@@ -24,7 +25,9 @@ def main() -> None:
     llm = LLM(enforce_eager=True, max_model_len=256, skip_tokenizer_init=True, **arguments)
     stored = [torch.load(io.BytesIO(rank)) for rank in llm.apply_model(layers.stored)]
     logprobs = prompt_logprobs(llm, prompts) if prompts else None
-    torch.save({"stored": stored, "logprobs": logprobs}, sys.argv[2])
+    llm.llm_engine.engine_core.shutdown()
+    torch.save({"stored": stored, "logprobs": logprobs}, f"{sys.argv[2]}.partial")
+    os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
 
 
 if __name__ == "__main__":
