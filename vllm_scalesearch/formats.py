@@ -146,11 +146,6 @@ class BlockFormat:
     nan_code: int
     has_tensor_scale: bool
 
-    @property
-    def bits_per_value(self) -> float:
-        """Storage of one value: 4 bits and its share of the block scale."""
-        return 4 + 8 / self.block_size
-
     def absmax_codes(self, amax: torch.Tensor, divisor: float = E2M1_MAX) -> torch.Tensor:
         """Scale code (int32) that the block's maximum alone would choose, before clamping.
 

@@ -294,9 +294,3 @@ def _candidate_errors(
     while squares.shape[0] > 1:
         squares = squares[0::2] + squares[1::2]
     return squares[0]
-
-
-def normalized_mse(x: torch.Tensor, quantized: QuantizedTensor) -> float:
-    """Squared error of a quantized tensor over the squared norm of `x` (both in fp64)."""
-    reference = x.double()
-    return ((reference - quantized.dequantize().double()).square().sum() / reference.square().sum()).item()
