@@ -200,3 +200,15 @@ def test_bad_input_is_named():
             w4a16.product(x.cuda().bfloat16(), tiled)
     with pytest.raises(ValueError, match="bf16 or fp16"):
         w4a16.product(torch.zeros(1, 64, device="cuda"), tiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantized_rows_are_exact(dtype):
+    for shape in ((64, 32), (100, 48), (576, 576)):
+        weight = _weight(*shape, "cuda")
+        tiled = w4a16.tile(weight)
+        expected = weight.dequantize(torch.float64)
+        for first, last in ((0, shape[0]), (64 if shape[0] > 64 else 0, shape[0])):
+            values = w4a16.dequantize(tiled, dtype, first, last).double() * 2**7 * weight.tensor_scale.double()
+            assert torch.equal(values.float(), expected[first:last].float())

@@ -42,6 +42,10 @@ def _check(result: tuple, what: str):
     return values[0] if len(values) == 1 else values
 
 
+def _headers() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(_SOURCES.glob("*.cuh"))}
+
+
 def compile_kernel(source: str, name: str, defines: tuple[str, ...], arch: str) -> bytes:
     """Machine code of one source file of kernels/.
 
@@ -49,9 +53,18 @@ def compile_kernel(source: str, name: str, defines: tuple[str, ...], arch: str) 
     arch: as ``sm_90a``. Raises KernelBuildError with NVRTC's log.
     """
     _, nvrtc = _bindings()
-    text = (_SOURCES / source).read_bytes()
+    headers = _headers()
     options = [*_OPTIONS, f"--gpu-architecture={arch}", *(f"-D{define}" for define in defines)]
-    program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []), f"{name}: NVRTC")
+    program = _check(
+        nvrtc.nvrtcCreateProgram(
+            (_SOURCES / source).read_bytes(),
+            source.encode(),
+            len(headers),
+            list(headers.values()),
+            [header.encode() for header in headers],
+        ),
+        f"{name}: NVRTC",
+    )
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status) != 0:
         size = _check(nvrtc.nvrtcGetProgramLogSize(program), f"{name}: NVRTC's log")
@@ -70,7 +83,7 @@ def compile_kernel(source: str, name: str, defines: tuple[str, ...], arch: str) 
 def _cached(source: str, name: str, defines: tuple[str, ...], arch: str) -> bytes:
     _, nvrtc = _bindings()
     version = _check(nvrtc.nvrtcVersion(), "NVRTC's version")
-    key = repr(((_SOURCES / source).read_bytes(), defines, arch, _OPTIONS, version))
+    key = repr(((_SOURCES / source).read_bytes(), _headers(), defines, arch, _OPTIONS, version))
     path = cache_dir() / "kernels" / f"{name}-{arch}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
     if path.exists():
         return path.read_bytes()

@@ -1,27 +1,18 @@
 // y = x * W^T for few rows of x (1 to 32) and NVFP4 weights, streamed once at memory speed.
 //
 // The weights are the copy that Humming (SM90) and Marlin keep for their own kernels, so larger products
-// need no second one (ops/w4a16.py has it as formulas). Codes: tiles of 16 inputs by 64 outputs, 512
-// contiguous bytes in which lane l of a warp owns 16 bytes; its word j is the lane's A fragment of an
-// m16n8k16 product with outputs 16 j to 16 j + 15 as rows, nibbles (0, 4), (2, 6), (1, 5), (3, 7) in the
-// fragment's four registers. Scales: 64 bytes a tile; the 8 of outputs g, g + 8, ..., g + 56 are neighbours.
-//
-// A magnitude code is moved to the lowest exponent bits of a 16-bit float, where E2M1, its subnormal
-// included, is that float's value up to a power of two. Scales get their power of two by adding to the
-// exponent. A product element * scale is then exact, times 2^-7.
+// need no second one; nvfp4_tiles.cuh says how they lie.
 //
 // A block takes a tile of outputs and, when there are too few tiles to fill the GPU, a part of the inputs.
 // Nothing is loaded ahead of the loop but a few steps of 32 inputs, weights and activations alike, so that
 // the many small blocks of an SM hide each other's ends.
 //
-// Macros: HALF (0: bf16, 1: fp16), TOKENS (8, 16 or 32: at least the rows of x), GROUPS (of 64 outputs a
-// tile), WARPS (a group; each takes every WARPS-th step), DEPTH (steps in flight a warp, a power of two),
-// SCALES (0: E4M3 codes, none of 1 to 7 with elements that are not zero; 1: any E4M3 codes; 2: Marlin's, bits
-// 14 to 7 of fp16(scale * f * 2^7), f a power of two of the tensor), CLUSTER (1: the splits of a tile are a
-// cluster and add up through shared memory, sm_90; 0: they add up through global memory).
+// Macros, besides those of nvfp4_tiles.cuh: TOKENS (8, 16 or 32: at least the rows of x), GROUPS (of 64
+// outputs a tile), WARPS (a group; each takes every WARPS-th step), DEPTH (steps in flight a warp, a power of
+// two), CLUSTER (1: the splits of a tile are a cluster and add up through shared memory, sm_90; 0: they add up
+// through global memory).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
+#include "nvfp4_tiles.cuh"
 
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int ROWS = 64 * GROUPS;
@@ -32,54 +23,6 @@ constexpr int SCALE_PAIRS = 512;  // bytes: the scales of a step as registers of
 constexpr int X_STRIDE = 80;  // bytes of a token's 32 activations; a fragment load meets all banks
 constexpr int X_STEP = TOKENS * X_STRIDE;
 constexpr int SUM_STRIDE = ROWS + 4;  // floats from token to token; the 4 keeps stores off each other's banks
-
-constexpr u32 SIGN = 0x80008000u;
-#if HALF
-constexpr u32 MAGNITUDE = 0x0E000E00u;
-constexpr int MAGNITUDE_BIT = 9, SCALE_SHIFT = 7;
-constexpr u32 SCALE_EXPONENT = SCALES == 0 ? 0x3C003C00u : 0;
-#else
-constexpr u32 MAGNITUDE = 0x01C001C0u;
-constexpr int MAGNITUDE_BIT = 6, SCALE_SHIFT = 4;
-constexpr u32 SCALE_EXPONENT = SCALES == 0 ? 0x77807780u : SCALES == 2 ? 0x70007000u : 0;
-#endif
-
-// The eight elements of a word as the four registers of a fragment: element * 2^-126 (bf16) or
-// element * 2^-14 (fp16). A nibble's sign is the bit above its magnitude; adding ones from there up to
-// bit 14 carries a set sign into bit 15, and the mask drops the ones that an unset sign leaves. The shifts
-// are multiplications by `one` = 1, whose value the compiler does not know: those run beside the integer
-// pipe, which limits this kernel.
-__device__ __forceinline__ void elements(u32 (&a)[4], u32 word, u32 one) {
-    const u32 ones = HALF ? 0x70007000u : 0x7E007E00u;
-    const u32 right = word >> (12 - MAGNITUDE_BIT);
-    a[0] = (word & 0x000F000Fu) * (one << MAGNITUDE_BIT) + ones & (MAGNITUDE | SIGN);
-    a[1] = (HALF ? (word & 0x0F000F00u) * (one << 1) : (right & 0x003C003Cu) * (one << 4)) + ones & (MAGNITUDE | SIGN);
-    a[2] = (word & 0x00F000F0u) * (one << (MAGNITUDE_BIT - 4)) + ones & (MAGNITUDE | SIGN);
-    a[3] = (right & MAGNITUDE) | (word & SIGN);
-}
-
-__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
-    u32 out;
-#if HALF
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));  // a * b - 0
-#endif
-    return out;
-}
-
-// The four scales of a word, each twice in a register, times 2^119 (bf16) or 2^7 (fp16).
-__device__ __forceinline__ uint4 scale_pairs(u32 bytes, u32 one) {
-    u32 pair[4];
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int byte = SCALES == 2 ? i % 2 << 1 | i / 2 : i;  // Marlin has the middle two swapped
-        pair[i] = __byte_perm(bytes, 0, 0x4040 | byte | byte << 8) * (one << SCALE_SHIFT) + SCALE_EXPONENT;
-        if (SCALES == 1)
-            pair[i] = HALF ? multiply(pair[i], 0x78007800u) : multiply(multiply(pair[i], 0x7F007F00u), 0x77807780u);
-    }
-    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
-}
 
 __device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(

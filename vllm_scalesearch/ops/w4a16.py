@@ -289,3 +289,22 @@ def product(
         cluster=chosen.cluster, early=torch.cuda.get_device_capability(x.device)[0] >= 9,
     )  # fmt: skip
     return out
+
+
+def dequantize(
+    weight: TiledWeight, dtype: torch.dtype, first: int = 0, last: int | None = None
+) -> torch.Tensor:
+    """Rows `first` to `last` (multiples of 64, or the end) as dense values, (last - first, K) in `dtype`.
+
+    The weights are these values times 2**7, the tensor scale and `factor`; no rounding takes place.
+    """
+    last = weight.outputs if last is None else last
+    out = torch.empty(last - first, weight.inputs, dtype=dtype, device=weight.codes.device)
+    defines = (f"HALF={int(dtype == torch.float16)}", f"SCALES={weight.encoding}")
+    run = kernel("w4a16_dequantize.cu", "w4a16_dequantize", defines, weight.codes.device)
+    grid = (-(-weight.inputs // 64), -(-(last - first) // _OUTPUT_TILE), 1)
+    run(
+        grid, 128, 64 * 144, weight.codes, weight.scales, out, weight.outputs, weight.inputs,
+        weight.padded_outputs, weight.padded_inputs, first // _OUTPUT_TILE,
+    )  # fmt: skip
+    return out

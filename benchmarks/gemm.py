@@ -1,0 +1,149 @@
+"""NVFP4 linear layers on one GPU: ours beside bf16 and FP8 by cuBLAS, Marlin and Humming.
+
+    python benchmarks/gemm.py [--rows 1,4,8,16,32,64,128,256,1024,4096,8192]
+
+Needs vLLM for CUDA. Shapes are those of Llama-3.1-8B. Weights rotate, so that they come from memory; the
+variants take turns in one run. Humming compiles its kernels at first use, about a minute a shape.
+"""
+
+import argparse
+
+import torch
+from gpu_timing import copies_for, copy_bandwidth, time_interleaved
+from report import table, write
+
+from vllm_scalesearch.formats import QuantizedTensor
+from vllm_scalesearch.ops import w4a16
+from vllm_scalesearch.search import quantize
+
+SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
+PIECE_BYTES = 24 << 20  # of dequantized weights: half of an H100's L2
+
+
+def _layer(kernel_class, weight: QuantizedTensor, dtype: torch.dtype):
+    """A layer as vLLM's kernel wants it, and the kernel."""
+    layer = torch.nn.Module()
+    outputs, half = weight.packed.shape
+    layer.weight = torch.nn.Parameter(weight.packed.clone(), requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(weight.scales.clone(), requires_grad=False)
+    layer.weight_global_scale = torch.nn.Parameter(weight.tensor_scale.clone(), requires_grad=False)
+    layer.output_size_per_partition, layer.input_size_per_partition = outputs, 2 * half
+    layer.logical_widths, layer.params_dtype, layer.has_bias = [outputs], dtype, False
+    kernel = kernel_class.__new__(kernel_class)
+    kernel.process_weights_after_loading(layer)
+    return layer, kernel
+
+
+def _pieces(x: torch.Tensor, weight: w4a16.TiledWeight, alpha: float) -> torch.Tensor:
+    """Dequantize as many rows as stay in the L2, multiply them by cuBLAS, and go on."""
+    out = x.new_empty(x.shape[0], weight.outputs)
+    step = max(64, PIECE_BYTES // (2 * weight.inputs) // 64 * 64)
+    for first in range(0, weight.outputs, step):
+        last = min(first + step, weight.outputs)
+        values = w4a16.dequantize(weight, x.dtype, first, last)
+        part = out[:, first:last]
+        torch.addmm(part, x, values.t(), beta=0, alpha=alpha, out=part)
+    return out
+
+
+def measure(outputs: int, inputs: int, rows: list[int], copy_rate: float) -> list[dict]:
+    from vllm.model_executor.kernels.linear.nvfp4.humming import HummingNvFp4LinearKernel
+    from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
+
+    nbytes = outputs * inputs * 9 // 16
+    dense = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
+    weight = quantize(dense, policy="absmax")
+    marlin = [_layer(MarlinNvFp4LinearKernel, weight, dense.dtype) for _ in range(copies_for(nbytes))]
+    humming = [_layer(HummingNvFp4LinearKernel, weight, dense.dtype) for _ in range(copies_for(nbytes))]
+    encoding = w4a16.scale_encoding(weight)
+    ours = [
+        w4a16.TiledWeight(
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_scale_2,
+            encoding,
+            1.0,
+            outputs,
+            inputs,
+        )
+        for layer, _ in humming
+    ]
+    bf16 = [dense.clone() for _ in range(copies_for(2 * outputs * inputs))]
+    fp8 = [dense.to(torch.float8_e4m3fn) for _ in range(copies_for(outputs * inputs))]
+    one = torch.ones((), device="cuda")
+    exact = weight.dequantize(torch.float32)
+    alpha = float(weight.tensor_scale) * 2**7
+    w4a16.prepare(ours[0], dense.dtype)
+
+    def variants_for(x: torch.Tensor) -> dict:
+        x8 = x.to(torch.float8_e4m3fn)
+        scaled = {"scale_a": one, "scale_b": one, "out_dtype": x.dtype}
+        variants = {
+            "bf16 cuBLAS": [lambda w=w: torch.mm(x, w.t()) for w in bf16],
+            "fp8 cuBLAS": [lambda w=w: torch._scaled_mm(x8, w.t(), **scaled) for w in fp8],
+            "Marlin": [lambda n=n: n[1].apply_weights(n[0], x) for n in marlin],
+            "Humming": [lambda n=n: n[1].apply_weights(n[0], x) for n in humming],
+        }
+        if x.shape[0] <= w4a16.MAX_ROWS:
+            variants["ours"] = [lambda w=w: w4a16.product(x, w) for w in ours]
+        if x.shape[0] >= 512:
+            variants["dequantize, cuBLAS"] = [lambda w=w: _pieces(x, w, alpha) for w in ours]
+        return variants
+
+    found = []
+    for count in rows:
+        x = torch.randn(count, inputs, device="cuda", dtype=torch.bfloat16)
+        variants = variants_for(x)
+        reference = x.float() @ exact.T
+        for name in set(variants) - {"bf16 cuBLAS", "fp8 cuBLAS"}:
+            error = float((variants[name][0]().float() - reference).norm() / reference.norm())
+            if not error < 2**-7:
+                raise RuntimeError(f"{name}, {outputs} x {inputs}, {count} rows: relative error {error}")
+        times = time_interleaved(variants)
+        found.append(
+            {
+                "outputs": outputs, "inputs": inputs, "rows": count, "us": times,
+                "limit_us": nbytes / copy_rate * 1e6,
+            }
+        )  # fmt: skip
+        print(outputs, inputs, count, {name: round(time, 1) for name, time in times.items()}, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="1,4,8,16,32,64,128,256,1024,4096,8192")
+    rows = [int(count) for count in parser.parse_args().rows.split(",")]
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    copy_rate = copy_bandwidth()
+    with set_current_vllm_config(VllmConfig()):
+        found = [line for shape in SHAPES for line in measure(*shape, rows, copy_rate)]
+    names = ["bf16 cuBLAS", "fp8 cuBLAS", "Marlin", "Humming", "ours", "dequantize, cuBLAS"]
+    header = ["N x K", "rows", *names, "limit", "ours/limit", "best NVFP4 peer/ours"]
+    lines, gains = [], []
+    for line in found:
+        times = line["us"]
+        cells = [f"{times[name]:.1f}" if name in times else "" for name in names]
+        share = gain = ""
+        if "ours" in times:
+            gains.append(min(times["Marlin"], times["Humming"]) / times["ours"])
+            share, gain = f"{line['limit_us'] / times['ours']:.0%}", f"{gains[-1]:.2f}"
+        lines.append(
+            [
+                f"{line['outputs']}x{line['inputs']}",
+                line["rows"],
+                *cells,
+                f"{line['limit_us']:.1f}",
+                share,
+                gain,
+            ]
+        )
+    table(header, lines)
+    mean = float(torch.tensor(gains).log().mean().exp())
+    print(f"copy {copy_rate / 1e12:.2f} TB/s; geometric mean of the best NVFP4 peer over ours: {mean:.3f}")
+    write("gemm", {"copy_bytes_per_s": copy_rate, "mean_gain": mean, "times": found})
+
+
+if __name__ == "__main__":
+    main()
