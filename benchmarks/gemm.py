@@ -17,7 +17,6 @@ from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.search import quantize
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
-PIECE_BYTES = 24 << 20  # of dequantized weights: half of an H100's L2
 
 
 def _layer(kernel_class, weight: QuantizedTensor, dtype: torch.dtype):
@@ -28,22 +27,11 @@ def _layer(kernel_class, weight: QuantizedTensor, dtype: torch.dtype):
     layer.weight_scale = torch.nn.Parameter(weight.scales.clone(), requires_grad=False)
     layer.weight_global_scale = torch.nn.Parameter(weight.tensor_scale.clone(), requires_grad=False)
     layer.output_size_per_partition, layer.input_size_per_partition = outputs, 2 * half
-    layer.logical_widths, layer.params_dtype, layer.has_bias = [outputs], dtype, False
+    layer.logical_widths = layer.output_partition_sizes = [outputs]
+    layer.params_dtype, layer.has_bias = dtype, False
     kernel = kernel_class.__new__(kernel_class)
     kernel.process_weights_after_loading(layer)
     return layer, kernel
-
-
-def _pieces(x: torch.Tensor, weight: w4a16.TiledWeight, alpha: float) -> torch.Tensor:
-    """Dequantize as many rows as stay in the L2, multiply them by cuBLAS, and go on."""
-    out = x.new_empty(x.shape[0], weight.outputs)
-    step = max(64, PIECE_BYTES // (2 * weight.inputs) // 64 * 64)
-    for first in range(0, weight.outputs, step):
-        last = min(first + step, weight.outputs)
-        values = w4a16.dequantize(weight, x.dtype, first, last)
-        part = out[:, first:last]
-        torch.addmm(part, x, values.t(), beta=0, alpha=alpha, out=part)
-    return out
 
 
 def measure(outputs: int, inputs: int, rows: list[int], copy_rate: float) -> list[dict]:
@@ -72,7 +60,7 @@ def measure(outputs: int, inputs: int, rows: list[int], copy_rate: float) -> lis
     fp8 = [dense.to(torch.float8_e4m3fn) for _ in range(copies_for(outputs * inputs))]
     one = torch.ones((), device="cuda")
     exact = weight.dequantize(torch.float32)
-    alpha = float(weight.tensor_scale) * 2**7
+    alpha = ours[0].multiplier * float(weight.tensor_scale)
     w4a16.prepare(ours[0], dense.dtype)
 
     def variants_for(x: torch.Tensor) -> dict:
@@ -87,7 +75,7 @@ def measure(outputs: int, inputs: int, rows: list[int], copy_rate: float) -> lis
         if x.shape[0] <= w4a16.MAX_ROWS:
             variants["ours"] = [lambda w=w: w4a16.product(x, w) for w in ours]
         if x.shape[0] >= 512:
-            variants["dequantize, cuBLAS"] = [lambda w=w: _pieces(x, w, alpha) for w in ours]
+            variants["dequantize, cuBLAS"] = [lambda w=w: w4a16.dense_product(x, w, alpha) for w in ours]
         return variants
 
     found = []

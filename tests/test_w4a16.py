@@ -55,7 +55,7 @@ def test_what_cannot_be_tiled_is_refused():
         w4a16.untile(w4a16.TiledWeight(marlin.codes, marlin.scales, marlin.tensor_scale, 2, 1.0, 64, 32))
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17, 32])
 @pytest.mark.parametrize("clusters", [False, True])
 def test_plans_cover_the_product(rows, clusters):
     limit = 227 * 1024 if clusters else 99 * 1024
@@ -120,7 +120,7 @@ def test_product_against_fp64(shape, dtype):
             expected = _expected(x, weight, **arguments)
             # A sum of large products that cancel keeps their rounding: 2**-20 of the row's norm covers it.
             slack = expected.norm(dim=-1, keepdim=True) / expected.shape[1] ** 0.5 * 2**-16
-            assert ((out.double() - expected).abs() <= expected.abs() * _BOUND[dtype] / 2 + slack).all()
+            assert ((out.double() - expected).abs() <= expected.abs() * _BOUND[dtype] + slack).all()
             assert torch.equal(out, w4a16.product(x, tiled, **arguments))
 
 
@@ -137,7 +137,8 @@ def test_subnormal_scales_are_exact(dtype):
         x[:, start : start + 64] = torch.randn(9, 64, device="cuda")
         expected = _expected(x, weight)
         out = w4a16.product(x, tiled).double()
-        assert (out - expected).norm() <= expected.norm() * _BOUND[dtype] + 1e-9
+        smallest = 2**-25 * out.numel() ** 0.5 if dtype == torch.float16 else 0  # an output may be subnormal
+        assert (out - expected).norm() <= expected.norm() * _BOUND[dtype] + smallest
 
 
 @pytest.mark.gpu
@@ -212,3 +213,17 @@ def test_dequantized_rows_are_exact(dtype):
         for first, last in ((0, shape[0]), (64 if shape[0] > 64 else 0, shape[0])):
             values = w4a16.dequantize(tiled, dtype, first, last).double() * 2**7 * weight.tensor_scale.double()
             assert torch.equal(values.float(), expected[first:last].float())
+
+
+@pytest.mark.gpu
+def test_many_rows_by_cublas():
+    weight = _weight(4160, 576, "cuda")  # more than one piece, the last one narrow
+    tiled = w4a16.tile(weight)
+    x = torch.randn(300, 576, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(4160, device="cuda", dtype=torch.bfloat16)
+    row_scale = torch.rand(300, 1, device="cuda")
+    alpha = 2**7 * float(weight.tensor_scale)
+    for arguments in ({}, {"bias": bias}, {"row_scale": row_scale}, {"bias": bias, "row_scale": row_scale}):
+        out = w4a16.dense_product(x, tiled, alpha, **arguments)
+        expected = _expected(x, weight, **arguments)
+        assert (out.double() - expected).norm() <= expected.norm() * 2**-8

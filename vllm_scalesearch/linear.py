@@ -1,6 +1,7 @@
 """A linear layer whose weights, and inputs where asked, are in a searched block format."""
 
 import functools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -266,11 +267,22 @@ class _DecodeProduct(_VllmKernelProduct):
             layer.weight, layer.weight_scale, tensor_scale.reshape(1), encoding, factor,
             layer.output_size_per_partition, layer.input_size_per_partition,
         )  # fmt: skip
+        self.alpha = self.weight.multiplier * float(tensor_scale)
+        # Humming is as fast for 17 to 32 rows, but for small matrices; Marlin is not.
+        humming = isinstance(self.kernel, HummingNvFp4LinearKernel)
+        small = self.weight.outputs * self.weight.inputs <= 4096 * 4096
+        self.decode_rows = w4a16.MAX_ROWS if small or not humming else w4a16.MAX_ROWS // 2
+        self.dense_rows = w4a16.DENSE_ROWS if humming else sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
-            "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel on %s's copy of the weights",
-            self.weight.outputs, self.weight.inputs, w4a16.MAX_ROWS, type(self.kernel).__name__,
-        )  # fmt: skip
+            "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel, as measured fastest there, "
+            "on %s's copy of the weights; more by that%s",
+            self.weight.outputs,
+            self.weight.inputs,
+            self.decode_rows,
+            type(self.kernel).__name__,
+            f", and by cuBLAS on dequantized pieces from {self.dense_rows} rows" if humming else "",
+        )
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self._apply(layer, x, None, bias is not None)
@@ -292,8 +304,13 @@ class _DecodeProduct(_VllmKernelProduct):
     ) -> torch.Tensor:
         rows = x.shape[:-1].numel()
         bias = layer.plain_bias if with_bias else None
-        if 0 < rows <= w4a16.MAX_ROWS:
-            out = w4a16.product(x.reshape(rows, x.shape[-1]), self.weight, bias, row_scale)
+        if 0 < rows <= self.decode_rows:
+            out = w4a16.product(x.reshape(rows, -1), self.weight, bias, row_scale)
+            return out.view(*x.shape[:-1], out.shape[-1])
+        if rows >= self.dense_rows:
+            if row_scale is not None:
+                row_scale = row_scale.reshape(rows, 1)
+            out = w4a16.dense_product(x.reshape(rows, -1), self.weight, self.alpha, bias, row_scale)
             return out.view(*x.shape[:-1], out.shape[-1])
         if row_scale is None:
             return self.kernel.apply_weights(layer, x, layer.bias if with_bias else None)

@@ -21,6 +21,10 @@ from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import NVFP4, QuantizedTensor, pack_e2m1, unpack_e2m1
 
 MAX_ROWS = 32
+# From here on dequantizing the weights for cuBLAS costs less than what Humming is slower than cuBLAS
+# (benchmarks/NOTES.md). A piece's values should stay in the L2, but cuBLAS wants some width.
+DENSE_ROWS = 4096
+_PIECE_BYTES, _PIECE_OUTPUTS = 24 << 20, 2048
 
 # How a kernel reads scale bytes.
 E4M3 = 0  # codes of 8 and more, or blocks of zeros: what nearly every tensor has
@@ -48,6 +52,12 @@ class TiledWeight:
     factor: float
     outputs: int
     inputs: int
+
+    @property
+    def multiplier(self) -> float:
+        """What the kernels' products still have to be multiplied by, besides tensor_scale."""
+        # They make their floats 2^7 too small; Marlin's tensor scale has that in it.
+        return self.factor if self.encoding == MARLIN else self.factor * 2.0**7
 
     @property
     def padded_outputs(self) -> int:
@@ -153,7 +163,7 @@ def plan(
 
 def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, clusters: bool) -> Plan:
     tiles, steps = padded_outputs // _OUTPUT_TILE, padded_inputs // _INPUT_STEP
-    if rows <= 8:
+    if rows <= 4:
         if tiles >= 2 * processors:
             rest = tiles % processors
             splits = min(8, steps, processors // rest) if rest else 1
@@ -169,7 +179,7 @@ def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, cl
             return uneven * idle * max(1.0, steps / (16 * warps * splits)) * (1 + 0.01 * splits)
 
         return Plan(8, 1, warps, min(candidates, key=cost), 0, False)
-    tokens = 16 if rows <= 16 else 32
+    tokens = 8 if rows <= 8 else 16 if rows <= 16 else 32
     splits = min(8, max(1, processors // tiles), max(1, steps // 8))
     if tiles >= 2 * processors:
         return Plan(tokens, 2, 4, 1, -(-tiles // 2), False)
@@ -243,7 +253,7 @@ def prepare(weight: TiledWeight, dtype: torch.dtype) -> None:
 
     Call it for every weight before a CUDA graph is captured. Raises KernelBuildError.
     """
-    for rows in (1, 16, MAX_ROWS):
+    for rows in (1, 8, 16, MAX_ROWS):
         chosen = _plan_for(rows, weight)
         _kernel_for(chosen, weight, dtype)
         _workspaces(weight.codes.device).reserve(_sums_needed(chosen, weight))
@@ -279,12 +289,10 @@ def product(
         workspaces = _workspaces(x.device)
         workspaces.reserve(_sums_needed(chosen, weight))
         sums, arrived = workspaces.of(torch.cuda.current_stream(x.device))
-    # A power of two of 7 is left of how the kernel makes its floats, except where Marlin took it.
-    factor = weight.factor * (2.0**7 if weight.encoding != MARLIN else 1.0)
     run(
         grid, 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
         x, weight.codes, weight.scales, weight.tensor_scale, bias, row_scale, out, sums, arrived,
-        factor, rows, weight.outputs, weight.inputs, x.stride(0), weight.padded_outputs,
+        weight.multiplier, rows, weight.outputs, weight.inputs, x.stride(0), weight.padded_outputs,
         weight.padded_inputs, chosen.whole, chosen.splits,
         cluster=chosen.cluster, early=torch.cuda.get_device_capability(x.device)[0] >= 9,
     )  # fmt: skip
@@ -296,7 +304,7 @@ def dequantize(
 ) -> torch.Tensor:
     """Rows `first` to `last` (multiples of 64, or the end) as dense values, (last - first, K) in `dtype`.
 
-    The weights are these values times 2**7, the tensor scale and `factor`; no rounding takes place.
+    The weights are these values times `multiplier` and the tensor scale; no rounding takes place.
     """
     last = weight.outputs if last is None else last
     out = torch.empty(last - first, weight.inputs, dtype=dtype, device=weight.codes.device)
@@ -307,4 +315,30 @@ def dequantize(
         grid, 128, 64 * 144, weight.codes, weight.scales, out, weight.outputs, weight.inputs,
         weight.padded_outputs, weight.padded_inputs, first // _OUTPUT_TILE,
     )  # fmt: skip
+    return out
+
+
+def dense_product(
+    x: torch.Tensor,
+    weight: TiledWeight,
+    alpha: float,
+    bias: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ W.T * row_scale + bias`` for many rows: pieces of the weights dequantized, then cuBLAS.
+
+    x: (M, K) bf16 or fp16. alpha: ``multiplier * tensor_scale`` as a number. bias, row_scale: as in
+    `product`. Rounds to x's dtype after the product and, where there is one, after bias and row_scale.
+    """
+    out = x.new_empty(x.shape[0], weight.outputs)
+    step = max(_PIECE_OUTPUTS, _PIECE_BYTES // (2 * weight.inputs) // _OUTPUT_TILE * _OUTPUT_TILE)
+    for first in range(0, weight.outputs, step):
+        last = min(first + step, weight.outputs)
+        part = out[:, first:last]
+        torch.addmm(part, x, dequantize(weight, x.dtype, first, last).t(), beta=0, alpha=alpha, out=part)
+    if row_scale is not None:
+        scaled = out.float() * row_scale
+        out = (scaled if bias is None else scaled + bias).to(x.dtype)
+    elif bias is not None:
+        out += bias
     return out
