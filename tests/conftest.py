@@ -1,6 +1,7 @@
 """What the tests share: a quiet vLLM on the CPU, models to load, and engines run one at a time."""
 
 import gc
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,16 @@ def engine() -> Callable[..., Any]:
 
     yield start
     stop()
+
+
+@pytest.fixture
+def vllm_log(caplog):
+    """What vLLM and the plugin log; vLLM's loggers do not propagate to pytest's."""
+    import vllm  # noqa: F401 - importing it sets up the loggers anew
+
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("vllm").removeHandler(caplog.handler)
 
 
 def prompt_logprobs(llm: Any, prompts: list[list[int]]) -> torch.Tensor:

@@ -49,14 +49,18 @@ def collect(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 
 def stored(model: torch.nn.Module) -> bytes:
     """Packed codes, block scales and tensor scale of every layer that keeps them, as `torch.save` writes.
+    Experts have two entries, of one tensor scale an expert: ``NAME.w13`` and ``NAME.w2``.
 
     Bytes, because what vLLM makes of tensors on their way from a worker depends on their dtype.
     """
-    tensors = {
-        name: (module.weight.data, module.weight_scale.data, module.weight_global_scale.data)
-        for name, module in model.named_modules()
-        if hasattr(module, "weight_global_scale")
-    }
+    tensors = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_global_scale"):
+            tensors[name] = (module.weight.data, module.weight_scale.data, module.weight_global_scale.data)
+        for part in ("w13", "w2"):
+            if hasattr(module, f"{part}_weight_scale"):
+                kinds = ("weight", "weight_scale", "weight_scale_2")
+                tensors[f"{name}.{part}"] = tuple(getattr(module, f"{part}_{kind}").data for kind in kinds)
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     return buffer.getvalue()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vllm_scalesearch.linear import FullPrecisionLinearMethod, ScaleSearchLinearMethod
+from vllm_scalesearch.moe import expert_names, experts_method
 from vllm_scalesearch.options import QUANT_METHOD, LayerOptions, LayerSelection, Options
 from vllm_scalesearch.vllm_api import (
     LinearBase,
@@ -41,7 +42,6 @@ class ScaleSearchConfig(QuantizationConfig):
         self._selection: LayerSelection | None = None
         self._model_checked = False
         self._has_head = False
-        self._experts_reported = False
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -103,14 +103,10 @@ class ScaleSearchConfig(QuantizationConfig):
                 return UnquantizedEmbeddingMethod()
             return self._method(chosen, prefix)
         if isinstance(layer, RoutedExperts):
-            if not self._experts_reported:
-                self._experts_reported = True
-                logger.warning(
-                    "scalesearch: mixture-of-experts layers (%s and others) are not quantized yet; "
-                    "their experts stay in the checkpoint's dtype",
-                    prefix,
-                )
-            return UnquantizedFusedMoEMethod(layer.moe_config)
+            chosen = self._select().select_experts(prefix, *expert_names(layer, prefix))
+            if chosen is None:
+                return UnquantizedFusedMoEMethod(layer.moe_config)
+            return experts_method(chosen, layer, prefix, self.options.cpu_storage, self.check_model)
         return None
 
     def _method(self, chosen: LayerOptions, prefix: str) -> ScaleSearchLinearMethod:
@@ -125,7 +121,7 @@ class ScaleSearchConfig(QuantizationConfig):
     def check_model(self) -> None:
         """Raise ValueError for patterns that no layer of the built model matched.
 
-        Called by every linear layer once its weight is there, when all layers are known; works once.
+        Called by every layer once its weights are there, when all layers are known; works once.
         Under pipeline parallelism a rank has some of the layers, so the ranks first share their names.
         """
         if self._model_checked:

@@ -19,7 +19,7 @@ CPU_STORAGES = ("dense", "packed")
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """How one linear layer is quantized.
+    """How one linear layer, or one product of a layer of experts, is quantized.
 
     format: ``nvfp4`` or ``mxfp4``.
     weights: scale policy of the weights (`ScalePolicy`), applied once, while loading.
@@ -57,6 +57,27 @@ class LayerOptions:
 
 
 _LAYER_KEYS = tuple(f.name for f in fields(LayerOptions))
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """How the experts of one mixture-of-experts layer are quantized; all of them alike.
+
+    w13: the first product, with gate and up projections (w1 and w3) fused.
+    w2: the second, with the down projections. Both have the same format, since one kernel runs both.
+    """
+
+    w13: LayerOptions
+    w2: LayerOptions
+
+    @property
+    def block_format(self) -> BlockFormat:
+        return self.w13.block_format
+
+    @property
+    def activations(self) -> tuple[str | None, str | None]:
+        """Policies of the inputs of the two products."""
+        return self.w13.activations, self.w2.activations
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,33 @@ class LayerSelection:
                     raise ValueError(f"scalesearch: overrides[{pattern!r}] on {name}: {error}") from None
         return None if ignored else layer
 
+    def select_experts(
+        self, name: str, w13_parts: Iterable[str], w2_parts: Iterable[str]
+    ) -> ExpertOptions | None:
+        """Options of a layer of experts, or None when it is ignored.
+
+        name: vLLM's name of the layer. w13_parts, w2_parts: checkpoint names of the gate and up, and
+        of the down projections, of all experts. Raises ValueError when a pattern selects only some of
+        the experts, and when the two products cannot be run together.
+        """
+        w13 = self.select(f"{name}.w13", w13_parts)
+        w2 = self.select(f"{name}.w2", w2_parts)
+        if (w13 is None) != (w2 is None):
+            left, other = ("gate and up", "down") if w13 is None else ("down", "gate and up")
+            raise ValueError(
+                f"scalesearch: option 'ignore' leaves out the {left} projections of {name}, but not the "
+                f"{other} projections, which vLLM runs in the same kernel; ignore both or none"
+            )
+        if w13 is None:
+            return None
+        if w13.format != w2.format:
+            raise ValueError(
+                f"scalesearch: option 'overrides' gives {name} format {w13.format!r} for the gate and up "
+                f"projections and {w2.format!r} for the down projections, which vLLM runs in the same "
+                "kernel; give both the same"
+            )
+        return ExpertOptions(w13, w2)
+
     def _selects(self, pattern: str, name: str, parts: list[str]) -> bool:
         hits = [part for part in parts if pattern_matches(pattern, part)]
         if not hits and not pattern_matches(pattern, name):
@@ -179,8 +227,8 @@ class LayerSelection:
         if hits and len(hits) < len(parts):
             missed = [part for part in parts if part not in hits]
             raise ValueError(
-                f"scalesearch: pattern {pattern!r} selects {', '.join(hits)} but not "
-                f"{', '.join(missed)}, which vLLM fuses into {name}; select all of them or none"
+                f"scalesearch: pattern {pattern!r} selects {', '.join(_summarize(hits))} but not "
+                f"{', '.join(_summarize(missed))}, which vLLM fuses into {name}; select all of them or none"
             )
         return True
 
