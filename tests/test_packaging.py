@@ -26,7 +26,9 @@ def test_wheel_holds_the_package_and_its_entry_point(wheel):
         names = set(archive.namelist())
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "scalesearch = vllm_scalesearch.plugin:register" in archive.read(entry).decode()
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_scalesearch").rglob("*.py")}
+    package = ROOT / "vllm_scalesearch"
+    files = [path for kind in ("*.py", "*.cu", "*.cuh") for path in package.rglob(kind)]
+    expected = {str(path.relative_to(ROOT)) for path in files}
     assert expected <= names
     assert all(name.startswith(("vllm_scalesearch/", "vllm_scalesearch-")) for name in names)
 

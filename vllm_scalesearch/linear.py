@@ -10,9 +10,8 @@ from torch.nn import Parameter
 from vllm_scalesearch.formats import QuantizedTensor, finite_amax, tensor_scale_of
 from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.ops.packed_linear import packed_linear
-from vllm_scalesearch.ops.quantize import quantize_values
+from vllm_scalesearch.ops.quantize import quantize_values, quantize_weight
 from vllm_scalesearch.options import LayerOptions
-from vllm_scalesearch.search import quantize
 from vllm_scalesearch.vllm_api import (
     HummingNvFp4LinearKernel,
     LinearMethodBase,
@@ -153,7 +152,7 @@ class ScaleSearchLinearMethod(LinearMethodBase):
         if torch.isinf(amax):
             raise ValueError(f"scalesearch: {self.prefix}: the checkpoint's weight holds NaN or infinity")
         tensor_scale = tensor_scale_of(amax) if fmt.has_tensor_scale else None
-        return quantize(weight, fmt, self.options.weights, tensor_scale=tensor_scale)
+        return quantize_weight(weight, fmt, self.options.weights, tensor_scale)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.options.activations is None:

@@ -30,9 +30,8 @@ import torch
 
 from vllm_scalesearch.formats import QuantizedTensor, finite_amax, format_named, tensor_scale_of
 from vllm_scalesearch.ops.packed_linear import packed_linear
-from vllm_scalesearch.ops.quantize import quantize_values
+from vllm_scalesearch.ops.quantize import quantize_values, quantize_weight
 from vllm_scalesearch.options import ExpertOptions
-from vllm_scalesearch.search import quantize
 from vllm_scalesearch.vllm_api import (
     ApplyMoEActivationConfig,
     FusedMoEActivationFormat,
@@ -210,7 +209,7 @@ class ScaleSearchMoEMethod(OnlineMoEMethodBase):
         tensor_scale = tensor_scale_of(amax) if fmt.has_tensor_scale else torch.ones_like(amax)
         rows = tensor_scale.view(-1, 1, 1).expand(-1, weight.shape[1], 1) if fmt.has_tensor_scale else None
         policy = getattr(self.options, name).weights
-        searched = quantize(weight, fmt, policy, tensor_scale=rows)
+        searched = quantize_weight(weight, fmt, policy, rows)
         return QuantizedTensor(searched.packed, searched.scales, tensor_scale, fmt)
 
     def store(

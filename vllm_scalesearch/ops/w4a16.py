@@ -163,7 +163,8 @@ def plan(
 
 def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, clusters: bool) -> Plan:
     tiles, steps = padded_outputs // _OUTPUT_TILE, padded_inputs // _INPUT_STEP
-    if rows <= 4:
+    two_blocks_fill = 0.8 * processors <= 2 * tiles <= processors and steps <= 256
+    if rows <= 4 and not (clusters and two_blocks_fill):
         if tiles >= 2 * processors:
             rest = tiles % processors
             splits = min(8, steps, processors // rest) if rest else 1
