@@ -81,6 +81,7 @@ def engine() -> Callable[..., Any]:
             arguments.setdefault("skip_tokenizer_init", True)
         if torch.cuda.is_available():
             arguments.setdefault("gpu_memory_utilization", 0.2)
+            arguments.setdefault("kv_cache_memory_bytes", 1 << 30)  # and no look at what others take
         arguments.setdefault("enforce_eager", True)
         llm = LLM(str(model), disable_log_stats=True, **arguments)
         engines.append(llm)

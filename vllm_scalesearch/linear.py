@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import Parameter
 
+from vllm_scalesearch import linear_fp4
 from vllm_scalesearch.formats import QuantizedTensor, finite_amax, tensor_scale_of
 from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.ops.packed_linear import packed_linear
-from vllm_scalesearch.ops.quantize import quantize_values, quantize_weight
+from vllm_scalesearch.ops.quantize import quantize_packed, quantize_values, quantize_weight
 from vllm_scalesearch.options import LayerOptions
 from vllm_scalesearch.vllm_api import (
     HummingNvFp4LinearKernel,
@@ -157,8 +158,7 @@ class ScaleSearchLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.options.activations is None:
             return self.product.apply(layer, x, bias)
-        values, residual = quantize_values(x, self.options.format, self.options.activations)
-        return self.product.apply_scaled(layer, values, residual, bias)
+        return self.product.apply_quantized(layer, x, self.options.format, self.options.activations, bias)
 
 
 def _scale(out: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -186,6 +186,13 @@ class _Product:
         if bias is not None:
             bias = getattr(layer, "plain_bias", bias)
         return _scale(self.apply(layer, x, None), row_scale, bias)
+
+    def apply_quantized(
+        self, layer: torch.nn.Module, x: torch.Tensor, format: str, policy: str, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`apply` on x (..., K) quantized by the search, with one tensor scale a row."""
+        values, residual = quantize_values(x, format, policy)
+        return self.apply_scaled(layer, values, residual, bias)
 
 
 class _DenseCpuProduct(_Product):
@@ -316,6 +323,33 @@ class _DecodeProduct(_VllmKernelProduct):
         return _scale(self.kernel.apply_weights(layer, x, None), row_scale, bias)
 
 
+class _NativeFp4Product(_Product):
+    """NVFP4 weights times NVFP4 inputs on the GPU's FP4 units, by a GEMM of vLLM's or FlashInfer's.
+
+    x: (..., K) bf16 or fp16. It is quantized by the search, with one tensor scale a row; the GEMM's 16-bit
+    result is multiplied by weight and row scales in fp32, the bias is added, and that is rounded once. For
+    torch.compile this is one operator, vLLM's GEMM and elementwise arithmetic: all of it can be captured in
+    a CUDA graph. Not run on such a GPU: see linear_fp4.py.
+    """
+
+    def __init__(self, kernel) -> None:
+        """kernel: of `linear_fp4.native_fp4_kernel`."""
+        self.kernel = kernel
+
+    def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
+        linear_fp4.load(self.kernel, layer, weight)
+
+    def apply_quantized(
+        self, layer: torch.nn.Module, x: torch.Tensor, format: str, policy: str, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        shape = (*x.shape[:-1], layer.output_size_per_partition)
+        if x.numel() == 0:  # no GEMM promises to take it
+            return x.new_empty(shape)
+        packed, scales, row_scale = quantize_packed(x, format, policy)
+        out = linear_fp4.multiply(self.kernel, layer, packed, scales, x.dtype)
+        return _scale(out, layer.result_scale * row_scale, bias).view(shape)
+
+
 _LIB = torch.library.Library("vllm_scalesearch", "FRAGMENT")
 _LIB.define("linear(Tensor x, Tensor? row_scale, bool with_bias, int outputs, str layer) -> Tensor")
 
@@ -347,6 +381,19 @@ def _product(cpu_storage: str, options: LayerOptions, prefix: str, layer: torch.
         )
         return _DenseCpuProduct() if cpu_storage == "dense" else _PackedCpuProduct()
     nvfp4 = options.format == "nvfp4"
+    inputs = "inputs not quantized"
+    if options.activations is not None:
+        native, reason = None, f"vLLM's FP4 products are for nvfp4, not {options.format}"
+        if nvfp4:
+            native, reason = linear_fp4.native_fp4_kernel()
+        if native is not None:
+            logger.info_once(
+                "scalesearch: product by the GEMM of vLLM's %s on FP4 units, inputs quantized before it (%s)",
+                type(native).__name__,
+                reason,
+            )
+            return _NativeFp4Product(native)
+        inputs = f"inputs quantized before it and multiplied in 16 bits: {reason}"
     kernel = init_nvfp4_linear_kernel(use_a16=True) if nvfp4 else init_mxfp4_linear_kernel()
     if isinstance(kernel, (HummingNvFp4LinearKernel, MarlinNvFp4LinearKernel)):
         product = _DecodeProduct(kernel, prefix, layer)
@@ -355,7 +402,7 @@ def _product(cpu_storage: str, options: LayerOptions, prefix: str, layer: torch.
     logger.info_once(
         "scalesearch: product by vLLM's %s (%s), its choice for %s weights on this GPU",
         type(kernel).__name__,
-        "inputs quantized before it" if options.activations else "inputs not quantized",
+        inputs,
         options.format,
     )
     return product

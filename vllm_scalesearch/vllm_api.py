@@ -3,11 +3,20 @@
 Importing this module imports vLLM; `formats`, `search`, `options` and `ops` never do.
 """
 
+from vllm._custom_ops import cutlass_scaled_fp4_mm
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import init_mxfp4_linear_kernel, init_nvfp4_linear_kernel
+from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel
+from vllm.model_executor.kernels.linear.nvfp4.cutlass import CutlassNvFp4LinearKernel
+from vllm.model_executor.kernels.linear.nvfp4.flashinfer import (
+    FlashInferB12xNvFp4LinearKernel,
+    FlashInferCudnnNvFp4LinearKernel,
+    FlashInferCuteDslNvFp4LinearKernel,
+    FlashInferCutlassNvFp4LinearKernel,
+)
 from vllm.model_executor.kernels.linear.nvfp4.humming import HummingNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -52,6 +61,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
+from vllm.model_executor.layers.quantization.utils.nvfp4_utils import (
+    nvfp4_weight_padding_bytes,
+    pad_nvfp4_activation_for_cutlass,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     amax_for_moe_weight_quant,
     amax_for_tp_weight_quant,
@@ -64,9 +77,15 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
+from vllm.utils.flashinfer import flashinfer_scaled_fp4_mm
 
 __all__ = [
     "ApplyMoEActivationConfig",
+    "CutlassNvFp4LinearKernel",
+    "FlashInferB12xNvFp4LinearKernel",
+    "FlashInferCudnnNvFp4LinearKernel",
+    "FlashInferCuteDslNvFp4LinearKernel",
+    "FlashInferCutlassNvFp4LinearKernel",
     "FusedMoEActivationFormat",
     "FusedMoEConfig",
     "FusedMoEExperts",
@@ -82,6 +101,7 @@ __all__ = [
     "MoEActivation",
     "ModelWeightParameter",
     "Mxfp4MoeBackend",
+    "NvFp4LinearKernel",
     "NvFp4MoeBackend",
     "OnlineMoEMethodBase",
     "ParallelLMHead",
@@ -98,7 +118,9 @@ __all__ = [
     "convert_to_nvfp4_moe_kernel_format",
     "convert_weight_to_mxfp4_moe_kernel_format",
     "current_platform",
+    "cutlass_scaled_fp4_mm",
     "dispatch_cpu_unquantized_gemm",
+    "flashinfer_scaled_fp4_mm",
     "fused_marlin_moe",
     "get_current_vllm_config",
     "get_forward_context",
@@ -115,6 +137,8 @@ __all__ = [
     "make_nvfp4_moe_quant_config",
     "maybe_make_prepare_finalize",
     "mxfp4_round_up_hidden_size_and_intermediate_size",
+    "nvfp4_weight_padding_bytes",
+    "pad_nvfp4_activation_for_cutlass",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
     "replace_parameter",

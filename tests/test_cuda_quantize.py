@@ -1,0 +1,290 @@
+"""The CUDA quantizer: its packed search emulated and its source compiled on the CPU, its bits on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from test_triton_quantize import same_bits
+
+from vllm_scalesearch.cuda_kernels import compile_kernel
+from vllm_scalesearch.formats import (
+    MXFP4,
+    NVFP4,
+    decode_e4m3,
+    finite_amax,
+    swizzle_scales,
+    tensor_scale_of,
+    unswizzle_scales,
+)
+from vllm_scalesearch.ops import cuda_quantize, gpu_quantize, quantize
+from vllm_scalesearch.search import ScalePolicy, _candidate_errors
+from vllm_scalesearch.search import quantize as reference
+
+DTYPES = (torch.bfloat16, torch.float16)
+POLICIES = (
+    "absmax", "fast", "paper", "exact", "offsets:3", "offsets:-8,-3,8", "offsets:1,2,3", "window:-8,7",
+    "window:0,8", "offsets:-20,0,9", "offsets:-200,200",
+)  # fmt: skip
+
+
+def _generator(seed: int, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _distributions(blocks: int, seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """fp32 blocks (blocks, 16) of several kinds, none of them all zero."""
+    generator = _generator(seed, device)
+    normal = torch.randn(blocks, 16, device=device, generator=generator)
+    uniform = torch.rand(blocks, 16, device=device, generator=generator)
+    sign = torch.where(normal < 0, -1.0, 1.0)
+    first = torch.arange(16, device=device) == 0
+    grid = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6], device=device)
+    pick = (torch.rand(blocks, 16, device=device, generator=generator) * 8).int()
+    return {
+        "normal": normal,
+        "uniform": uniform * sign,
+        "heavy": normal / uniform.sqrt().clamp(min=0.02),
+        "log": (normal * 2).exp() * sign,
+        "outlier": torch.where(first, 12 * sign, normal),
+        "equal": normal[:, :1].expand(-1, 16).contiguous(),
+        "sparse": torch.where((uniform < 0.8) & ~first, 0, normal),
+        # All but one element at a midpoint under one of the scales, where rounding decides.
+        "midpoints": torch.where(first, 6.0, grid[pick]) * sign * (1 + uniform[:, :1]),
+        "near midpoints": torch.where(first, 6.0, grid[pick]) * (1 + normal * 2**-10) * (1 + uniform[:, :1]),
+        "on the grid": (normal * 2).round() / 2 + 0.5 * first,
+    }
+
+
+# --- the packed search ---------------------------------------------------------------------------
+
+
+def _fma16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """fp16 a * b + c, rounded once: fp64 holds the product, and the sum but for its very last bits."""
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
+
+
+def _ambiguity(x: torch.Tensor, tensor_scale: torch.Tensor, policy: str) -> tuple[float, int]:
+    """What the packed search leaves to the exact one, and how often it is wrong.
+
+    x: (B, 16) fp32 blocks with bf16 or fp16 values. Returns the share of blocks with more than one candidate
+    left, of those that the packed search takes, and the number of blocks whose winner is not left.
+    Every packed instruction of `approximate_search` is done by numpy in fp16.
+    """
+    offsets = ScalePolicy.of(policy).offsets(NVFP4)
+    reciprocal = 1.0 / tensor_scale
+    y = x.abs() * reciprocal
+    base = NVFP4.absmax_codes(y.amax(dim=-1))
+    taken = (base >= 8 - min(offsets[0], 0)) & (y.amax(dim=-1) / 6 <= 464)
+    x, y, base = x[taken], y[taken], base[taken]
+    codes = ScalePolicy.of(policy).candidate_codes(y.amax(dim=-1), NVFP4)
+    errors = _candidate_errors(y, x, decode_e4m3(codes), "mse", None)
+    winner = torch.where(errors == errors.amin(dim=0), codes, 127).amin(dim=0)
+
+    mantissa, exponent = torch.frexp(reciprocal)
+    m, r = mantissa.float() * 2, exponent.int() - 1
+    binade = (base >> 3) - 7
+    a = torch.ldexp(x.abs().double(), r - binade.unsqueeze(-1) - 2).numpy().astype(np.float16)
+    norm = np.zeros((len(a), 2), np.float16)
+    for i in range(0, 16, 2):
+        norm = _fma16(a[:, i : i + 2], a[:, i : i + 2], norm)
+    norm = norm[:, 0] + norm[:, 1]
+    approximate = []
+    for number, code in enumerate(codes):
+        relative = torch.ldexp(decode_e4m3(code), -binade)
+        big_r = (m / relative / 4096).numpy().astype(np.float16)[:, None]
+        minus_s = (relative / m * -4096).numpy().astype(np.float16)[:, None]
+        q = ((a * big_r).view(np.uint16) + 0x100) & 0xFE00
+        if offsets[number] < 0:
+            q = np.minimum(q, 0x0E00)
+        d = _fma16(q.view(np.float16), minus_s, a)
+        error = np.zeros((len(a), 2), np.float16)
+        for i in range(0, 16, 2):
+            error = _fma16(d[:, i : i + 2], d[:, i : i + 2], error)
+        error = error[:, 0] + error[:, 1]
+        if number:
+            error[(codes[number] == codes[number - 1]).numpy()] = np.nan
+        approximate.append(error)
+    approximate = np.stack(approximate).astype(np.float32)
+    least, norm = np.nanmin(approximate, axis=0), norm.astype(np.float32)
+    big_a, big_b, big_c = 1.0175, 2.03 / 2048, 1 / 32768
+    limit = (big_a * np.sqrt(least) + big_b * np.sqrt(norm)) ** 2 + big_c
+    left = approximate <= (limit * 1.001).astype(np.float16).astype(np.float32)
+    correct = (left & (codes == winner).numpy()).any(axis=0)
+    return float((left.sum(axis=0) > 1).sum() / max(1, len(a))), int((~correct).sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("policy", ["fast", "paper", "exact", "window:-8,7"])
+def test_the_packed_search_never_loses_the_winner(policy, dtype):
+    for name, blocks in _distributions(2000, seed=3).items():
+        x = blocks.to(dtype).float()
+        for tensor_scale in (tensor_scale_of(finite_amax(x)), torch.tensor(0.0123), torch.tensor(2.0**-9)):
+            share, wrong = _ambiguity(x, tensor_scale, policy)
+            assert wrong == 0, (name, tensor_scale)
+            assert name != "normal" or share < 0.3
+
+
+# --- compiling and launching ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"])
+def test_source_compiles(arch):
+    for policy, dtype, scale, outputs in (
+        ("absmax", torch.bfloat16, cuda_quantize.TENSOR, {"packed": True}),
+        ("paper", torch.float16, cuda_quantize.ROW, {"packed": True, "swizzled": True}),
+        ("exact", torch.bfloat16, cuda_quantize.COMPUTED, {"packed": False, "values": True}),
+        ("offsets:-20,0,9", torch.float16, cuda_quantize.COMPUTED, {"packed": True, "values": True}),
+    ):
+        macros = cuda_quantize.defines(cuda_quantize.offsets_of(policy), dtype, scale, 256, **outputs)
+        assert compile_kernel("quantize_nvfp4.cu", "quantize_nvfp4", macros, arch)[1:4] == b"ELF"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 4096])
+@pytest.mark.parametrize("blocks", [1, 5, 64, 256, 257, 512, 1792, 5000])
+def test_plans_cover_all_blocks_once(rows, blocks):
+    for scale in (cuda_quantize.TENSOR, cuda_quantize.ROW, cuda_quantize.COMPUTED):
+        for processors in (1, 84, 132):
+            plan = cuda_quantize.plan(rows, blocks, scale, processors)
+            all_blocks = rows * blocks if scale == cuda_quantize.TENSOR else blocks
+            parts = plan.grid[0] if scale == cuda_quantize.TENSOR else plan.grid[1]
+            assert scale == cuda_quantize.TENSOR or plan.grid[0] == rows
+            assert (parts - 1) * plan.share < all_blocks <= parts * plan.share
+            offsets = cuda_quantize.offsets_of("window:-8,7")
+            assert plan.share <= 2048 and cuda_quantize.shared_bytes(offsets, plan.share) <= 48 * 1024
+
+
+def test_what_the_kernel_cannot_do_is_refused():
+    x = torch.zeros(2, 32, dtype=torch.bfloat16)
+    for policy in ("full", "4over6", "window:-8,8", ScalePolicy("paper", "wmse")):
+        with pytest.raises(ValueError, match="CUDA quantizer"):
+            cuda_quantize.quantize_values(x, policy)
+    with pytest.raises(ValueError, match="bf16 or fp16"):
+        cuda_quantize.quantize_values(x.float(), "paper")
+    with pytest.raises(ValueError, match="two dimensions"):
+        cuda_quantize.quantize_values(x[0], "paper")
+    with pytest.raises(ValueError, match="CUDA tensor"):
+        cuda_quantize.quantize_values(x, "paper")
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+def _unkind(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows on the GPU of blocks of every kind, with special values, and rows that are tiny, huge and zero."""
+    kinds = list(_distributions(rows * width // 16, seed=5).values())
+    normal = kinds[0]
+    at, pick = torch.arange(16), torch.randint(0, 16, (len(normal), 1), generator=_generator(6))
+    kinds += [
+        normal * 1e-4,  # the smallest scales
+        normal * 3e-6,  # below them
+        normal * (1e-41 if dtype == torch.bfloat16 else 3e-7),  # denormals
+        torch.where(at == pick, 300 * normal, normal),
+        torch.where(at == pick, normal, 0.0),
+        torch.zeros_like(normal).copysign(normal),
+        torch.where(at == pick, -0.0, normal),
+        torch.where(at == pick, torch.inf, normal).copysign(normal),
+        torch.where(at == pick, torch.nan, normal),
+    ]
+    kind = torch.randint(0, len(kinds), (len(normal),), generator=_generator(7))
+    x = torch.stack(kinds)[kind, torch.arange(len(normal))].view(rows, width)
+    if rows > 4:
+        x[1] *= 1e-30 if dtype == torch.bfloat16 else 1e-5
+        x[2] *= 1e30 if dtype == torch.bfloat16 else 1e3
+        x[3] = 0
+    return x.to(dtype).cuda()
+
+
+def _check_packed(x, policy, tensor_scale=None, per_row=False, swizzled=False):
+    expected = reference(x, NVFP4, policy, per_row=per_row, tensor_scale=tensor_scale)
+    packed, scales, got_scale = cuda_quantize.quantize_packed(x, policy, tensor_scale, per_row, swizzled)
+    assert same_bits(got_scale, expected.tensor_scale)
+    expected_scales = swizzle_scales(expected.scales) if swizzled else expected.scales
+    wrong = (scales.view(torch.uint8) != expected_scales.view(torch.uint8)).sum()
+    assert same_bits(scales, expected_scales), f"{int(wrong)} of {scales.numel()} scales"
+    assert torch.equal(packed, expected.packed), f"{int((packed != expected.packed).sum())} bytes"
+    if swizzled:
+        assert same_bits(unswizzle_scales(scales, *expected.scales.shape), expected.scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_packed_is_the_reference(policy, dtype):
+    for shape in ((64, 512), (1, 16), (130, 80), (3, 4096), (5, 33 * 1024)):
+        x = _unkind(*shape, dtype)
+        row_scale = torch.rand(shape[0], 1, device="cuda", generator=_generator(0, "cuda")) + 1e-3
+        scales = [torch.tensor(scale, device="cuda") for scale in (1e-3, 0.37, 2.0**-126, 3e38)]
+        for tensor_scale in (None, *scales, row_scale):
+            for swizzled in (False, True):
+                _check_packed(x, policy, tensor_scale, swizzled=swizzled)
+        _check_packed(x, policy, per_row=True)
+        _check_packed(x, policy, per_row=True, swizzled=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_values_are_the_reference(policy, dtype):
+    for shape in ((64, 512), (1, 16), (130, 80), (3, 4096), (5, 33 * 1024)):
+        x = _unkind(*shape, dtype)
+        values, residual = cuda_quantize.quantize_values(x, policy)
+        expected = quantize._reference(x, "nvfp4", policy)
+        assert same_bits(values, expected[0]) and same_bits(residual, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("policy", ["absmax", "fast", "paper", "exact"])
+def test_a_hundred_million_values(policy, dtype):
+    for seed in range(3):
+        for blocks in _distributions(1 << 18, seed, "cuda").values():
+            _check_packed(blocks.view(1024, 4096).to(dtype), policy, per_row=seed == 1)
+
+
+@pytest.mark.gpu
+def test_rows_apart_and_views():
+    x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
+    for view in (x[:, :512], x[::3, 16:272], x[:, 1:513], x.t(), x[:0], x[:, :0]):
+        for per_row in (False, True):
+            packed, scales, _ = cuda_quantize.quantize_packed(view, "paper", per_row=per_row)
+            if view.numel():
+                _check_packed(view, "paper", per_row=per_row)
+            assert packed.shape == (view.shape[0], view.shape[1] // 2)
+            assert scales.shape == (view.shape[0], view.shape[1] // 16)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph():
+    x = torch.randn(32, 4096, device="cuda", dtype=torch.bfloat16)
+    cuda_quantize.quantize_values(x, "paper")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values, residual = cuda_quantize.quantize_values(x, "paper")
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    expected = quantize._reference(x, "nvfp4", "paper")
+    assert same_bits(values, expected[0]) and same_bits(residual, expected[1])
+
+
+def test_which_kernel_takes_what():
+    large = torch.empty(2048, 4096, dtype=torch.bfloat16, device="meta")
+    uses = gpu_quantize.uses_cuda_kernel
+    assert all(uses(large, NVFP4, policy) for policy in ("fast", "paper", "exact", "window:-1,1"))
+    assert not any(uses(large, NVFP4, policy) for policy in ("absmax", "full", "4over6", "offsets:0,12"))
+    assert not uses(large, MXFP4, "paper")
+    assert not uses(large.float(), NVFP4, "paper")
+    assert not uses(large[:32], NVFP4, "paper")
+
+
+@pytest.mark.gpu
+def test_the_chosen_kernel_gives_the_references_bits():
+    for rows in (32, 1100):  # Triton's, and this one
+        x = _unkind(rows, 4096, torch.bfloat16)
+        assert gpu_quantize.uses_cuda_kernel(x, NVFP4, "paper") == (rows > 1000)
+        expected = reference(x, NVFP4, "paper")
+        for scale in (None, expected.tensor_scale):
+            packed, scales, got = gpu_quantize.quantize_packed(x, NVFP4, "paper", scale)
+            assert torch.equal(packed, expected.packed) and same_bits(got, expected.tensor_scale)
+            assert same_bits(scales, expected.scales)
+        values, residual = gpu_quantize.quantize_values(x, NVFP4, "paper")
+        expected = quantize._reference(x, "nvfp4", "paper")
+        assert same_bits(values, expected[0]) and same_bits(residual, expected[1])
