@@ -102,12 +102,12 @@ def main() -> None:
             found[name] = json.loads(result.read_text())
             lines = [line for line in run.stdout.splitlines() if "scalesearch:" in line]
             print(name, found[name], *lines, sep="\n  ", flush=True)
+            write("serve", {"layers": arguments.layers, "variants": found})  # what is there stays
     rows = [
         [name, *[f"{line['tokens_per_s'][str(batch)]:.0f}" for batch in BATCHES], f"{line['start_s']:.0f}"]
         for name, line in found.items()
     ]
     table(["linear layers", *[f"batch {batch}" for batch in BATCHES], "start, s"], rows)
-    write("serve", {"layers": arguments.layers, "variants": found})
 
 
 if __name__ == "__main__":

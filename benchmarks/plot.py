@@ -1,0 +1,75 @@
+"""Plots of `results/*.json`, beside them as PNG.
+
+python benchmarks/plot.py [gemm quantize serve]
+"""
+
+import json
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from report import RESULTS
+
+
+def _load(name: str) -> tuple[dict, str]:
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    environment = found["environment"]
+    return found["results"], f"{environment['gpu']}, {environment['date'][:10]}"
+
+
+def gemm() -> plt.Figure:
+    results, machine = _load("gemm")
+    shapes = sorted({(line["outputs"], line["inputs"]) for line in results["times"]})
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), sharey=False)
+    names = ("bf16 cuBLAS", "fp8 cuBLAS", "Marlin", "Humming", "ours", "dequantize, cuBLAS")
+    for axis, shape in zip(axes, shapes, strict=True):
+        lines = [line for line in results["times"] if (line["outputs"], line["inputs"]) == shape]
+        for name in names:
+            points = [(line["rows"], line["us"][name]) for line in lines if name in line["us"]]
+            style = {"linewidth": 2.5, "color": "black"} if name == "ours" else {"marker": ".", "alpha": 0.8}
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.set(xscale="log", yscale="log", title=f"{shape[0]} x {shape[1]}", xlabel="rows")
+        axis.set_xscale("log", base=2)
+    axes[0].set_ylabel("us")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"Linear layers, cold L2, CUDA graphs ({machine})")
+    return figure
+
+
+def quantize() -> plt.Figure:
+    results, machine = _load("quantize")
+    limit = results["bytes"] / results["copy_bytes_per_s"] * 1e6
+    names = list(results["us"])
+    figure, axis = plt.subplots(figsize=(9, 5))
+    colors = ["tab:blue" if name.startswith("Triton") else "black" for name in names]
+    axis.barh(names[::-1], [results["us"][name] for name in names[::-1]], color=colors[::-1])
+    axis.axvline(limit, color="tab:red", label=f"bytes at the copy's rate, {limit:.0f} us")
+    axis.set(xlabel="us", title=f"{results['rows']} x {results['width']} bf16 to NVFP4 ({machine})")
+    axis.legend()
+    return figure
+
+
+def serve() -> plt.Figure:
+    results, machine = _load("serve")
+    names = list(results["variants"])
+    batches = list(results["variants"][names[0]]["tokens_per_s"])
+    figure, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 4))
+    for axis, batch in zip(axes, batches, strict=True):
+        speeds = [results["variants"][name]["tokens_per_s"][batch] for name in names]
+        colors = ["black" if name.startswith("scalesearch") else "tab:blue" for name in names]
+        axis.barh(names[::-1], speeds[::-1], color=colors[::-1])
+        axis.set(title=f"batch {batch}", xlabel="output tokens/s")
+    figure.suptitle(f"{results['layers']} layers of Llama-3.1-8B's shape in vLLM ({machine})")
+    return figure
+
+
+PLOTS = {"gemm": gemm, "quantize": quantize, "serve": serve}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or [name for name in PLOTS if (RESULTS / f"{name}.json").exists()]:
+        figure = PLOTS[name]()
+        figure.tight_layout()
+        figure.savefig(RESULTS / f"{name}.png", dpi=110)
+        print(f"written: {RESULTS / name}.png")
