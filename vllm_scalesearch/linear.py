@@ -1,6 +1,5 @@
 """A linear layer whose weights, and inputs where asked, are in a searched block format."""
 
-import functools
 import sys
 from collections.abc import Callable
 
@@ -9,6 +8,7 @@ from torch.nn import Parameter
 
 from vllm_scalesearch import linear_fp4
 from vllm_scalesearch.formats import QuantizedTensor, finite_amax, tensor_scale_of
+from vllm_scalesearch.loading import checked_loader
 from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.ops.packed_linear import packed_linear
 from vllm_scalesearch.ops.quantize import quantize_packed, quantize_values, quantize_weight
@@ -32,8 +32,6 @@ from vllm_scalesearch.vllm_api import (
 )
 
 logger = init_logger("vllm.scalesearch.linear")
-
-_LOADABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @register_weight_loader_v2_supported_method
@@ -112,23 +110,11 @@ class ScaleSearchLinearMethod(LinearMethodBase):
             ),
             input_dim=1,
             output_dim=0,
-            weight_loader=self._checked(extra_weight_attrs["weight_loader"]),
+            weight_loader=checked_loader(extra_weight_attrs["weight_loader"], self.prefix),
         )
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
         self.product = _product(self.cpu_storage, self.options, self.prefix, layer)
-
-    def _checked(self, weight_loader: Callable) -> Callable:
-        @functools.wraps(weight_loader)
-        def load(param: torch.Tensor, loaded_weight: torch.Tensor, *args, **kwargs):
-            if loaded_weight.dtype not in _LOADABLE:
-                raise ValueError(
-                    f"scalesearch: {self.prefix}: the checkpoint holds {loaded_weight.dtype} where "
-                    "bf16, fp16 or fp32 is expected; is it quantized already? Quantize the original"
-                )
-            return weight_loader(param, loaded_weight, *args, **kwargs)
-
-        return load
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module):
         raise ValueError(
@@ -278,7 +264,9 @@ class _DecodeProduct(_VllmKernelProduct):
         humming = isinstance(self.kernel, HummingNvFp4LinearKernel)
         small = self.weight.outputs * self.weight.inputs <= 4096 * 4096
         self.decode_rows = w4a16.MAX_ROWS if small or not humming else w4a16.MAX_ROWS // 2
-        self.dense_rows = w4a16.DENSE_ROWS if humming else sys.maxsize
+        # Wide inputs leave few outputs to a piece; there it takes twice the rows until that pays.
+        wide = self.weight.inputs > 8192
+        self.dense_rows = w4a16.DENSE_ROWS * (2 if wide else 1) if humming else sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
             "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel, as measured fastest there, "

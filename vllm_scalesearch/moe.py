@@ -22,13 +22,13 @@ Who multiplies:
 * on a GPU, MXFP4: Marlin.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vllm_scalesearch.formats import QuantizedTensor, finite_amax, format_named, tensor_scale_of
+from vllm_scalesearch.loading import checked_loader
 from vllm_scalesearch.ops.packed_linear import packed_linear
 from vllm_scalesearch.ops.quantize import quantize_values, quantize_weight
 from vllm_scalesearch.options import ExpertOptions
@@ -69,8 +69,6 @@ from vllm_scalesearch.vllm_api import (
 )
 
 logger = init_logger("vllm.scalesearch.moe")
-
-_LOADABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def expert_names(layer: RoutedExperts, prefix: str) -> tuple[list[str], list[str]]:
@@ -154,7 +152,7 @@ class ScaleSearchMoEMethod(OnlineMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        extra_weight_attrs["weight_loader"] = self._checked(extra_weight_attrs["weight_loader"])
+        extra_weight_attrs["weight_loader"] = checked_loader(extra_weight_attrs["weight_loader"], self.prefix)
         super().create_weights(
             layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype,
             **extra_weight_attrs,
@@ -164,18 +162,6 @@ class ScaleSearchMoEMethod(OnlineMoEMethodBase):
         matrix = num_experts * self.moe.hidden_dim_unpadded * self.moe.intermediate_size_per_partition_unpadded
         layer.w13_weight.weight_loader_numel = self.moe.w13_num_shards * matrix
         layer.w2_weight.weight_loader_numel = matrix
-
-    def _checked(self, weight_loader: Callable) -> Callable:
-        @functools.wraps(weight_loader)
-        def load(param: torch.Tensor, loaded_weight: torch.Tensor, *args, **kwargs):
-            if loaded_weight.dtype not in _LOADABLE:
-                raise ValueError(
-                    f"scalesearch: {self.prefix}: the checkpoint holds {loaded_weight.dtype} where "
-                    "bf16, fp16 or fp32 is expected; is it quantized already? Quantize the original"
-                )
-            return weight_loader(param, loaded_weight, *args, **kwargs)
-
-        return load
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if getattr(layer, "_already_called_process_weights_after_loading", False):
