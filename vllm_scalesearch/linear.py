@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from vllm_scalesearch import linear_fp4
-from vllm_scalesearch.formats import QuantizedTensor, finite_amax, tensor_scale_of
+from vllm_scalesearch.formats import QuantizedTensor, finite_amax, swizzle_scales, tensor_scale_of
 from vllm_scalesearch.loading import checked_loader
 from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.ops.packed_linear import packed_linear
@@ -338,6 +338,33 @@ class _NativeFp4Product(_Product):
         return _scale(out, layer.result_scale * row_scale, bias).view(shape)
 
 
+class _TritonFp4Product(_Product):
+    """NVFP4 weights times NVFP4 inputs on the GPU's FP4 units, by this package's Triton kernel.
+
+    x: (..., K) bf16 or fp16. It is quantized by the search, with one tensor scale a row; all scales and the
+    bias are applied to fp32 sums, which are rounded once. For torch.compile these are two operators. Compiled
+    for sm_100a and sm_120a, not run there: see ops/fp4_product.py.
+    """
+
+    def __init__(self) -> None:
+        from vllm_scalesearch.ops.fp4_product import fp4_product  # with Triton, which only this needs
+
+        self.multiply = fp4_product
+
+    def load(self, layer: torch.nn.Module, weight: QuantizedTensor) -> None:
+        layer.weight = Parameter(weight.packed, requires_grad=False)
+        layer.weight_scale = Parameter(swizzle_scales(weight.scales), requires_grad=False)
+        layer.weight_global_scale = Parameter(weight.tensor_scale, requires_grad=False)
+
+    def apply_quantized(
+        self, layer: torch.nn.Module, x: torch.Tensor, format: str, policy: str, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        packed, scales, row_scale = quantize_packed(x, format, policy)
+        weight = (layer.weight, layer.weight_scale, layer.weight_global_scale)
+        out = self.multiply(packed, scales, row_scale, *weight, bias, x.dtype)
+        return out.view(*x.shape[:-1], layer.output_size_per_partition)
+
+
 _LIB = torch.library.Library("vllm_scalesearch", "FRAGMENT")
 _LIB.define("linear(Tensor x, Tensor? row_scale, bool with_bias, int outputs, str layer) -> Tensor")
 
@@ -381,6 +408,15 @@ def _product(cpu_storage: str, options: LayerOptions, prefix: str, layer: torch.
                 reason,
             )
             return _NativeFp4Product(native)
+        if nvfp4:
+            uses_triton, reason = linear_fp4.uses_triton_product(reason)
+            if uses_triton:
+                logger.info_once(
+                    "scalesearch: product by this package's Triton kernel on FP4 units, inputs quantized "
+                    "before it (%s)",
+                    reason,
+                )
+                return _TritonFp4Product()
         inputs = f"inputs quantized before it and multiplied in 16 bits: {reason}"
     kernel = init_nvfp4_linear_kernel(use_a16=True) if nvfp4 else init_mxfp4_linear_kernel()
     if isinstance(kernel, (HummingNvFp4LinearKernel, MarlinNvFp4LinearKernel)):

@@ -26,6 +26,7 @@ from vllm_scalesearch.vllm_api import (
     current_platform,
     cutlass_scaled_fp4_mm,
     flashinfer_scaled_fp4_mm,
+    get_current_vllm_config,
     init_logger,
     init_nvfp4_linear_kernel,
     nvfp4_weight_padding_bytes,
@@ -62,6 +63,25 @@ def native_fp4_kernel() -> tuple[NvFp4LinearKernel | None, str]:
     if type(kernel) not in _KERNELS:
         return None, f"vLLM's choice for FP4 products, {type(kernel).__name__}, takes no quantized inputs"
     return kernel, f"its choice for FP4 products on compute capability {capability.as_version_str()}"
+
+
+def uses_triton_product(reason: str) -> tuple[bool, str]:
+    """Whether `ops.fp4_product` multiplies where `native_fp4_kernel` gave None and `reason`; and the reason.
+
+    It does on GPUs with FP4 units that Triton compiles it for, unless ``--linear-backend`` asks for a kernel by
+    name: that is then used, with inputs of 16 bits.
+    """
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if capability is None or capability < (10, 0):
+        return False, reason
+    if get_current_vllm_config().kernel_config.linear_backend != "auto":
+        return False, reason
+    from vllm_scalesearch.ops.fp4_product import FP4_CAPABILITIES  # imports Triton
+
+    if tuple(capability) not in FP4_CAPABILITIES:
+        version = capability.as_version_str()
+        return False, f"{reason}, and this package's Triton kernel is not for compute capability {version}"
+    return True, reason
 
 
 def result_exponent(width: int) -> int:
