@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_scalesearch.cuda_kernels import Kernel, kernel
-from vllm_scalesearch.formats import NVFP4, QuantizedTensor, pack_e2m1, unpack_e2m1
+from vllm_scalesearch.formats import QuantizedTensor
 
 MAX_ROWS = 32
 # From here on dequantizing the weights for cuBLAS costs less than what Humming is slower than cuBLAS
@@ -75,47 +75,6 @@ def scale_encoding(weight: QuantizedTensor) -> int:
     magnitudes = weight.packed & 0x77
     filled = magnitudes.unflatten(-1, (-1, weight.format.block_size // 2)).any(dim=-1)
     return E4M3_SUBNORMAL if bool(((codes < 8) & filled).any()) else E4M3
-
-
-def tile(weight: QuantizedTensor) -> TiledWeight:
-    """The layout of this module, as Humming makes it.
-
-    weight: NVFP4 (N, K) with one tensor scale. Raises ValueError for another format.
-    """
-    if weight.format is not NVFP4:
-        raise ValueError(f"w4a16: expected nvfp4 weights, got {weight.format.name}")
-    codes = unpack_e2m1(weight.packed)
-    outputs, inputs = codes.shape
-    pad = (0, -inputs % _INPUT_STEP, 0, -outputs % _OUTPUT_TILE)
-    codes = torch.nn.functional.pad(codes, pad)
-    scales = torch.nn.functional.pad(weight.scales.view(torch.uint8), (0, pad[1] // 16, 0, pad[3]))
-    # n = 64 a + 16 w + 8 b + c, k = 16 d + 8 e + 2 f + g
-    split = codes.view(codes.shape[0] // 64, 4, 2, 8, codes.shape[1] // 16, 2, 4, 2)
-    nibbles = split.permute(4, 0, 3, 6, 1, 7, 2, 5).reshape(codes.shape[1] // 16, -1, 8)
-    words = pack_e2m1(nibbles).view(torch.int32).squeeze(-1)
-    columns = scales.view(scales.shape[0] // 64, 8, 8, -1).permute(3, 0, 2, 1).reshape(scales.shape[1], -1)
-    return TiledWeight(
-        words.contiguous(), columns.contiguous(), weight.tensor_scale.reshape(1), scale_encoding(weight),
-        1.0, outputs, inputs,
-    )  # fmt: skip
-
-
-def untile(weight: TiledWeight) -> QuantizedTensor:
-    """Undo `tile`. Raises ValueError for Marlin's scales, which do not determine E4M3 codes."""
-    if weight.encoding == MARLIN:
-        raise ValueError("untile: Marlin's scales are not E4M3 codes")
-    blocks, columns = weight.scales.shape
-    nibbles = unpack_e2m1(weight.codes.unsqueeze(-1).view(torch.uint8))
-    split = nibbles.view(blocks, columns // 64, 8, 4, 4, 2, 2, 2).permute(1, 4, 6, 2, 0, 7, 3, 5)
-    codes = split.reshape(columns, blocks * 16)[: weight.outputs, : weight.inputs]
-    scales = weight.scales.view(torch.uint8).view(blocks, columns // 64, 8, 8).permute(1, 3, 2, 0)
-    scales = scales.reshape(columns, blocks)[: weight.outputs, : weight.inputs // 16]
-    return QuantizedTensor(
-        pack_e2m1(codes),
-        scales.contiguous().view(torch.float8_e4m3fn),
-        weight.tensor_scale.reshape(()) * weight.factor,
-        NVFP4,
-    )
 
 
 @dataclass(frozen=True)
@@ -276,7 +235,7 @@ def product(
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"w4a16: expected bf16 or fp16 activations, got {x.dtype}")
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # the kernel copies 16 aligned bytes at a time
     rows = x.shape[0]
     chosen = _plan_for(rows, weight)
     run = _kernel_for(chosen, weight, x.dtype)
