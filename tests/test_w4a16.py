@@ -97,6 +97,28 @@ def test_a_failed_build_has_the_compilers_words():
         compile_kernel("w4a16_decode.cu", "w4a16_decode", ("HALF=0",), "sm_90a")
 
 
+@pytest.mark.parametrize(
+    ("kernel", "capabilities"),
+    [("HummingNvFp4LinearKernel", {(9, 0)}), ("MarlinNvFp4LinearKernel", {(8, 0), (8, 9), (9, 0), (12, 0)})],
+)
+def test_only_weights_whose_order_is_known_are_read(monkeypatch, kernel, capabilities):
+    """Humming keeps weights otherwise on other GPUs: reading those would give wrong numbers."""
+    from vllm.platforms.interface import DeviceCapability
+
+    from vllm_scalesearch import linear, vllm_api
+
+    made = object.__new__(getattr(vllm_api, kernel))
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
+        found = DeviceCapability(*capability)
+        monkeypatch.setattr(
+            type(linear.current_platform),
+            "get_device_capability",
+            classmethod(lambda cls, device_id=0, found=found: found),
+        )
+        assert linear._decode_reads(made) == (capability in capabilities)
+    assert not linear._decode_reads(object())
+
+
 # fp32 sums of exact products, rounded once to the output: half a unit in the last place and a little.
 _BOUND = {torch.bfloat16: 2**-8 * 1.02, torch.float16: 2**-11 * 1.1}
 

@@ -386,6 +386,18 @@ _LIB.impl("linear", _linear, "CUDA")
 torch.library.register_fake("vllm_scalesearch::linear", _linear_fake, lib=_LIB)
 
 
+def _decode_reads(kernel) -> bool:
+    """Whether ops/w4a16.py knows the order in which `kernel` keeps its weights on this GPU.
+
+    Humming's was read for Hopper and may be another elsewhere; Marlin's is one, and the decode kernel
+    needs compute capability 8.0.
+    """
+    capability = current_platform.get_device_capability()
+    if isinstance(kernel, HummingNvFp4LinearKernel):
+        return capability == (9, 0)
+    return isinstance(kernel, MarlinNvFp4LinearKernel) and capability >= (8, 0)
+
+
 def _product(cpu_storage: str, options: LayerOptions, prefix: str, layer: torch.nn.Module) -> _Product:
     if current_platform.is_cpu():
         logger.info_once(
@@ -419,10 +431,7 @@ def _product(cpu_storage: str, options: LayerOptions, prefix: str, layer: torch.
                 return _TritonFp4Product()
         inputs = f"inputs quantized before it and multiplied in 16 bits: {reason}"
     kernel = init_nvfp4_linear_kernel(use_a16=True) if nvfp4 else init_mxfp4_linear_kernel()
-    if isinstance(kernel, (HummingNvFp4LinearKernel, MarlinNvFp4LinearKernel)):
-        product = _DecodeProduct(kernel, prefix, layer)
-    else:
-        product = _VllmKernelProduct(kernel)
+    product = _DecodeProduct(kernel, prefix, layer) if _decode_reads(kernel) else _VllmKernelProduct(kernel)
     logger.info_once(
         "scalesearch: product by vLLM's %s (%s), its choice for %s weights on this GPU",
         type(kernel).__name__,
