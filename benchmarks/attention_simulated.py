@@ -14,7 +14,7 @@ attention is quantized, so the figures do not profit from it.
 
 import argparse
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from vllm_scalesearch.transforms import MagnitudeReduction, SecondMoments, magni
 
 ABSMAX = dict.fromkeys("qkvp", "absmax")
 ALL_ON = AttentionOptions()
+# A cache alone, every token quantized by itself.
+KV = AttentionOptions(q=None, p=None, v_group="head_dim", recent=16)
 # Each row: the options, and whether R is used.
 ABLATION: dict[str, tuple[AttentionOptions, bool]] = {
     "bf16": (UNQUANTIZED, False),
@@ -45,42 +47,57 @@ ABLATION: dict[str, tuple[AttentionOptions, bool]] = {
     ),
     "K and V only": (replace(ALL_ON, q=None, p=None), True),
     "K and V only, absmax": (replace(ALL_ON, q=None, p=None, k="absmax", v="absmax"), True),
-    "K and V only, V along head_dim, 16 newest": (
-        replace(ALL_ON, q=None, p=None, v_group="head_dim", recent=16),
-        True,
-    ),
+    "all on, V along head_dim, 16 newest": (replace(ALL_ON, v_group="head_dim", recent=16), True),
+    "K and V only, V along head_dim, 16 newest": (KV, True),
+    "... absmax": (replace(KV, k="absmax", v="absmax"), True),
+    "... fast": (replace(KV, k="fast", v="fast"), True),
+    "... exact": (replace(KV, k="exact", v="exact"), True),
+    "... V's tensor scale 1/16": (replace(KV, v_scale=1 / 16), True),
+    "... without R": (KV, False),
+    "... without H": (replace(KV, hadamard=False), True),
+    "... without H and R": (replace(KV, hadamard=False), False),
+    "... sink of 4": (replace(KV, sink=4), True),
+    "... sink of 64": (replace(KV, sink=64), True),
+    "... no sink": (replace(KV, sink=0), True),
+    "... 1 newest": (replace(KV, recent=1), True),
+    "... 32 newest": (replace(KV, recent=32), True),
+    "... 64 newest": (replace(KV, recent=64), True),
+    "... 128 newest": (replace(KV, recent=128), True),
 }
 
 
 class Simulated:
     """A transformers model whose attention runs through `attend`, which the caller may exchange.
 
-    attend(layer, q, k, v, softmax_scale): q (T, Hq, D), k and v (T, Hkv, D), fp32 that bf16 holds;
-    returns (T, Hq, D).
+    attend(layer, q, k, v, softmax_scale): q (T, B*Hq, D), k and v (T, B*Hkv, D) of B windows, fp32 that
+    bf16 holds; returns (T, B*Hq, D).
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, device: str = "cpu") -> None:
         AttentionInterface.register("scalesearch_simulated", self._forward)
         self.network = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="scalesearch_simulated"
-        ).eval()
+        ).eval().to(device)  # fmt: skip
         self.attend = None
+        self.device = device
 
     @torch.no_grad()
-    def logprobs(self, tokens: list[int]) -> torch.Tensor:
-        """Log probabilities of what follows each token but the last: (T - 1, vocabulary) fp32."""
-        return self.network(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    def logprobs(self, windows: list[list[int]]) -> torch.Tensor:
+        """Log probabilities of what follows each token but the last: (windows, T - 1, vocabulary) fp32."""
+        return self.network(torch.tensor(windows, device=self.device)).logits[:, :-1].log_softmax(-1)
 
     def _forward(
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: Any, scaling: float, **unused: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        q, k, v = (x[0].transpose(0, 1).bfloat16().float() for x in (query, key, value))
-        return self.attend(module.layer_idx, q, k, v, scaling).unsqueeze(0), None
+        # The windows of a batch are further heads, for attention knows one sequence only.
+        q, k, v = (x.flatten(0, 1).transpose(0, 1).bfloat16().float() for x in (query, key, value))
+        out = self.attend(module.layer_idx, q, k, v, scaling)
+        return out.unflatten(1, query.shape[:2]).transpose(0, 1), None
 
     def quantize(self, options: AttentionOptions, reductions: list[MagnitudeReduction] | None) -> None:
         def attend(layer, q, k, v, scale):
-            reduction = None if reductions is None else reductions[layer]
+            reduction = None if reductions is None else repeated(reductions[layer], k.shape[1])
             return attention(q, k, v, replace(options, reduction=reduction, softmax_scale=scale), torch.float32)
 
         self.attend = attend
@@ -93,13 +110,22 @@ class Simulated:
         moments = [SecondMoments(heads, dim) for _ in range(config.num_hidden_layers)]
 
         def attend(layer, q, k, v, scale):
-            moments[layer].add(q, k)
+            moments[layer].add(q.cpu(), k.cpu())
             return attention(q, k, v, replace(UNQUANTIZED, softmax_scale=scale), torch.float32)
 
         self.attend = attend
         for window in tqdm(windows, desc="calibration", leave=False):
-            self.logprobs(window)
+            self.logprobs([window])
         return [magnitude_reduction(layer.q, layer.k) for layer in moments]
+
+
+def repeated(reduction: MagnitudeReduction, heads: int) -> MagnitudeReduction:
+    """`reduction` of every window's KV heads, `heads` in all."""
+    times = heads // len(reduction.r)
+    return MagnitudeReduction(
+        **{f.name: getattr(reduction, f.name).repeat(times, *[1] * (getattr(reduction, f.name).ndim - 1))
+           for f in fields(reduction)}
+    )  # fmt: skip
 
 
 def calibration_windows(args: argparse.Namespace, model: Path, vocabulary: int) -> list[list[int]]:
@@ -115,24 +141,31 @@ def calibration_windows(args: argparse.Namespace, model: Path, vocabulary: int) 
 
 
 def compare(
-    simulated: Simulated, windows: list[list[int]], rows: list[str], reductions: list[MagnitudeReduction]
+    simulated: Simulated,
+    windows: list[list[int]],
+    rows: list[str],
+    reductions: list[MagnitudeReduction],
+    batch: int,
 ) -> dict[str, dict[str, float]]:
     """Figures of each row of `ABLATION` in `rows`; bf16 comes first whether or not it is named."""
     losses: dict[str, list[torch.Tensor]] = {label: [] for label in dict.fromkeys(["bf16", *rows])}
     divergences: dict[str, list[torch.Tensor]] = {label: [] for label in losses}
-    steps = tqdm(total=len(windows) * len(losses), leave=False)
-    # Window by window, so that only one window's distributions are held.
-    for window in windows:
-        target = torch.tensor(window[1:]).unsqueeze(-1)
+    batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+    steps = tqdm(total=len(batches) * len(losses), leave=False)
+    # Batch by batch, so that only one batch's distributions are held.
+    for part in batches:
+        target = torch.tensor(part, device=simulated.device)[:, 1:].unsqueeze(-1)
         for label in losses:
             options, use_r = ABLATION[label]
             simulated.quantize(options, reductions if use_r else None)
             steps.set_description(label)
-            logprobs = simulated.logprobs(window)
+            logprobs = simulated.logprobs(part)
             if label == "bf16":
                 reference = logprobs
-            losses[label].append(-logprobs.gather(-1, target).squeeze(-1).double())
-            divergences[label].append((reference.exp() * (reference - logprobs)).sum(-1).double())
+            losses[label].append(-logprobs.gather(-1, target).flatten().double().cpu())
+            divergences[label].append(
+                (reference.exp() * (reference - logprobs)).sum(-1).flatten().double().cpu()
+            )
             steps.update()
     steps.close()
     base = torch.cat(losses["bf16"])
@@ -157,11 +190,13 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="text that R comes from; default: random token ids")
     parser.add_argument("--calibration-tokens", type=int, default=4096)
     parser.add_argument("--rows", nargs="+", choices=list(ABLATION), default=list(ABLATION))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batch", type=int, default=1, help="windows at a time")
     parser.add_argument("--name", default="attention_simulated", help="of the file under results/")
     args = parser.parse_args()
 
     model, windows = load_windows(args)
-    simulated = Simulated(model)
+    simulated = Simulated(model, args.device)
     vocabulary = simulated.network.config.vocab_size
     reductions = simulated.calibrate(calibration_windows(args, model, vocabulary))
     fallback = sum(int(r.fallback.sum()) for r in reductions)
@@ -169,7 +204,7 @@ def main() -> None:
     condition = max(r.condition[~r.fallback].max().item() for r in reductions if not r.fallback.all())
     print(f"R for {heads - fallback} of {heads} KV heads, condition up to {condition:.0f}")
 
-    results = compare(simulated, windows, args.rows, reductions)
+    results = compare(simulated, windows, args.rows, reductions, args.batch)
     print()
     report.table(
         ["", "perplexity", "over bf16", "KL from bf16, mnat"],

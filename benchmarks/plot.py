@@ -53,11 +53,11 @@ def quantize() -> plt.Figure:
 
 def serve() -> plt.Figure:
     results, machine = _load("serve")
-    names = list(results["variants"])
-    batches = list(results["variants"][names[0]]["tokens_per_s"])
+    names = list(results["tokens_per_s"])
+    batches = list(results["tokens_per_s"][names[0]])
     figure, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 4))
     for axis, batch in zip(axes, batches, strict=True):
-        speeds = [results["variants"][name]["tokens_per_s"][batch] for name in names]
+        speeds = [results["tokens_per_s"][name][batch] for name in names]
         colors = ["black" if name.startswith("scalesearch") else "tab:blue" for name in names]
         axis.barh(names[::-1], speeds[::-1], color=colors[::-1])
         axis.set(title=f"batch {batch}", xlabel="output tokens/s")
