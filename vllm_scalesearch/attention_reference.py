@@ -15,8 +15,9 @@ states, which depend on j, p and the options and on nothing else:
 full precision. With V grouped along tokens the boundary is rounded down to a multiple of 16, so that the
 block that is incomplete at p, and any block that reaches into the recent window, is in full precision as
 a whole. State is a token's, for its key and its value alike and whatever the policies: a cache keeps both
-in one place, and runs that quantize only one of the two compare. So neither the sequence's later tokens,
-nor how it is cut into chunks, nor what else runs beside it changes an output beyond rounding.
+in one place, and runs that quantize only one of the two compare. So, unless ``own_chunk`` is set, neither
+the sequence's later tokens, nor how it is cut into chunks, nor what else runs beside it changes an output
+beyond rounding.
 
 **Products.** Full-precision tokens meet the unquantized q and P, since a product with a bf16 operand runs
 in bf16; stored tokens meet the quantized ones. With ``i`` the query, in the given arithmetic:
@@ -77,6 +78,9 @@ class AttentionOptions:
     softmax_scale: what scores are multiplied by; None is ``head_dim ** -0.5``.
     sliding_window: a query sees the newest `sliding_window` tokens only, itself included (vLLM's and
         transformers' meaning). Sink tokens outside it are not seen either.
+    own_chunk: queries that are computed together see each other's tokens in full precision: the boundary
+        is at most the first of them. More accurate for prompts, and it ends the rule above: an output then
+        depends on how the prompt was cut into chunks.
     logits_soft_cap: scores become ``cap * tanh(score / cap)``.
     kv_tile: tokens a step of the online softmax takes, a multiple of 16.
     transform_dtype: round q' and k' to this dtype, as a kernel does that keeps them in 16 bits. None
@@ -95,6 +99,7 @@ class AttentionOptions:
     recent: int = 0
     incomplete: bool = True
     two_level_p: bool = True
+    own_chunk: bool = False
     q_scale: float | torch.Tensor = 1.0
     k_scale: float | torch.Tensor = 1.0
     v_scale: float | torch.Tensor = 1.0
@@ -123,11 +128,12 @@ class AttentionOptions:
             raise ValueError(f"logits_soft_cap must be above 0, got {self.logits_soft_cap}")
 
     def boundary(self, positions: torch.Tensor) -> torch.Tensor:
-        """First token that is in full precision for being new, for queries at `positions` (int64)."""
+        """First token that is in full precision for being new, for queries at `positions` (int64), which
+        ascend and are computed together."""
         boundary = (positions + 1 - self.recent).clamp(min=0)
         if self.v_group == "tokens" and self.incomplete:
-            return boundary // BLOCK * BLOCK
-        return boundary
+            boundary = boundary // BLOCK * BLOCK
+        return boundary.clamp(max=int(positions[0])) if self.own_chunk and len(positions) else boundary
 
 
 UNQUANTIZED = AttentionOptions(q=None, k=None, v=None, p=None, hadamard=False)
@@ -150,17 +156,52 @@ def attention(
     Returns (Tq, Hq, D) in `dtype`. Raises ValueError for shapes or a dtype that do not fit.
     """
     _check(q, k, v, dtype)
-    heads = k.shape[1]
-    layout = _Sequence(
-        q.to(dtype).unflatten(1, (heads, -1)).permute(1, 2, 0, 3),
-        k.to(dtype).transpose(0, 1),
-        v.to(dtype).transpose(0, 1),
-        options,
+    q = q.to(dtype).unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
+    k, v = k.to(dtype).transpose(0, 1), v.to(dtype).transpose(0, 1)
+    transform = head_transform(k.shape[0], k.shape[2], options.reduction, options.hadamard)
+    if transform is not None:
+        q, k = q @ transform.q_matrix.to(q).unsqueeze(1), k @ transform.k_matrix.to(k)
+        if options.transform_dtype is not None:
+            q, k = q.to(options.transform_dtype).to(v), k.to(options.transform_dtype).to(v)
+    operands = Operands(
+        q,
+        fake_quantized(q, options.q, options.q_scale),
+        k,
+        fake_quantized(k, options.k, options.k_scale),
+        v,
+        quantized_values(v, options),
     )
-    maximum = layout.q.new_full((*layout.q.shape[:-1], 1), -torch.inf)
+    return attend(operands, options).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One sequence's transformed operands, heads first, in full precision and as stored.
+
+    q, q_stored: (Hkv, group, Tq, D), of the last Tq positions. k, k_stored, v, v_stored: (Hkv, T, D).
+    All in the dtype of the arithmetic. What no query sees in one of the two forms may be anything finite.
+    """
+
+    q: torch.Tensor
+    q_stored: torch.Tensor
+    k: torch.Tensor
+    k_stored: torch.Tensor
+    v: torch.Tensor
+    v_stored: torch.Tensor
+
+
+def attend(operands: Operands, options: AttentionOptions) -> torch.Tensor:
+    """Steps 3 to 6 of the definition, for operands that are quantized already: (Hkv, group, Tq, D).
+
+    Of `options`, the policies of q, k and v, their scales and the transforms are not looked at, but for
+    ``incomplete=False``.
+    """
+    layout = _Sequence(operands, options)
+    q = operands.q
+    maximum = q.new_full((*q.shape[:-1], 1), -torch.inf)
     total = torch.zeros_like(maximum)
-    output = torch.zeros_like(layout.q)
-    tokens, context = len(k), len(k) - len(q)
+    output = torch.zeros_like(q)
+    tokens, context = operands.k.shape[1], operands.k.shape[1] - q.shape[2]
     for start in range(0, tokens, options.kv_tile):
         stop = min(start + options.kv_tile, tokens)
         # Each of these queries sees at least one token of the tile, so its maximum is finite.
@@ -175,7 +216,7 @@ def attention(
         maximum[:, :, rows] = new_maximum
         total[:, :, rows] = total[:, :, rows] * decay + p.sum(-1, keepdim=True)
         output[:, :, rows] = output[:, :, rows] * decay + layout.values(p, stored, rows, start, stop)
-    return (output / total).permute(2, 0, 1, 3).flatten(1, 2)
+    return output / total
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
@@ -222,45 +263,35 @@ def quantized_values(v: torch.Tensor, options: AttentionOptions) -> torch.Tensor
 
 
 class _Sequence:
-    """One sequence's operands, heads first, in full precision and as stored.
+    """Operands with what each query sees of them."""
 
-    q: (Hkv, group, Tq, D). k, v: (Hkv, T, D). All in the dtype of the arithmetic.
-    """
-
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> None:
-        transform = head_transform(k.shape[0], k.shape[2], options.reduction, options.hadamard)
-        if transform is not None:
-            q, k = q @ transform.q_matrix.to(q).unsqueeze(1), k @ transform.k_matrix.to(k)
-            if options.transform_dtype is not None:
-                q, k = q.to(options.transform_dtype).to(v), k.to(options.transform_dtype).to(v)
-        self.q, self.k, self.v, self.options = q, k, v, options
-        self.q_stored = fake_quantized(q, options.q, options.q_scale)
-        self.k_stored = fake_quantized(k, options.k, options.k_scale)
-        self.v_stored = quantized_values(v, options)
-        self.positions = torch.arange(k.shape[1] - q.shape[2], k.shape[1], device=q.device)
+    def __init__(self, operands: Operands, options: AttentionOptions) -> None:
+        self.operands, self.options = operands, options
+        tokens, queries = operands.k.shape[1], operands.q.shape[2]
+        self.positions = torch.arange(tokens - queries, tokens, device=operands.q.device)
         self.boundary = options.boundary(self.positions)
 
     def scores(self, rows: slice, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (Hkv, group, rows, tile), and which of them are of stored tokens: (rows, tile) bool."""
-        options = self.options
-        tokens = torch.arange(start, stop, device=self.q.device)
+        options, operands = self.options, self.operands
+        tokens = torch.arange(start, stop, device=operands.q.device)
         positions = self.positions[rows].unsqueeze(-1)
         visible = tokens <= positions
         if options.sliding_window is not None:
             visible &= tokens > positions - options.sliding_window
         stored = (tokens >= options.sink) & (tokens < self.boundary[rows].unsqueeze(-1)) & visible
-        full = self.q[:, :, rows] @ self.k[:, start:stop].mT.unsqueeze(1)
-        scores = self.q_stored[:, :, rows] @ self.k_stored[:, start:stop].mT.unsqueeze(1)
+        full = operands.q[:, :, rows] @ operands.k[:, start:stop].mT.unsqueeze(1)
+        scores = operands.q_stored[:, :, rows] @ operands.k_stored[:, start:stop].mT.unsqueeze(1)
         scores = torch.where(stored, scores, full)
-        scores *= self.q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+        scores *= operands.q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
         if options.logits_soft_cap is not None:
             scores = options.logits_soft_cap * torch.tanh(scores / options.logits_soft_cap)
         return scores.masked_fill_(~visible, -torch.inf), stored
 
     def values(self, p: torch.Tensor, stored: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
         """P times V of one tile: p (Hkv, group, rows, tile) to (Hkv, group, rows, D)."""
-        options = self.options
-        result = (p * ~stored) @ self.v[:, start:stop].unsqueeze(1)
+        options, operands = self.options, self.operands
+        result = (p * ~stored) @ operands.v[:, start:stop].unsqueeze(1)
         # Nothing else of P is quantized; a tile of sink and new tokens only has no such row.
         some = stored.any(-1).nonzero().flatten()
         if not len(some):
@@ -270,7 +301,7 @@ class _Sequence:
         if options.v is not None and options.v_group == "tokens" and not options.incomplete:
             p, own = self._own_block(p, positions, start)
             result[:, :, some] += own
-        result[:, :, some] += p @ self.v_stored[:, start:stop].unsqueeze(1)
+        result[:, :, some] += p @ operands.v_stored[:, start:stop].unsqueeze(1)
         return result
 
     def _own_block(
@@ -284,7 +315,8 @@ class _Sequence:
         inside = (positions < start + p.shape[-1]).unsqueeze(-1)
         tokens = positions.unsqueeze(-1) // BLOCK * BLOCK + torch.arange(BLOCK, device=p.device)
         seen = inside & (tokens <= positions.unsqueeze(-1))
-        blocks = self.v[:, tokens.clamp(max=self.v.shape[1] - 1)] * seen.unsqueeze(-1)  # (Hkv, rows, 16, D)
+        v = self.operands.v
+        blocks = v[:, tokens.clamp(max=v.shape[1] - 1)] * seen.unsqueeze(-1)  # (Hkv, rows, 16, D)
         blocks = fake_quantized(blocks.mT.contiguous(), self.options.v, self.options.v_scale)
         columns = torch.where(seen, tokens - start, 0)
         own = p.gather(-1, columns.expand(*p.shape[:2], -1, -1)) * seen

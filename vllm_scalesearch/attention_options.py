@@ -1,0 +1,148 @@
+"""The typed options of attention backend SCALESEARCH: ``additional_config["scalesearch"]["attention"]``.
+
+Every key and value is checked; nothing unknown is passed over.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_scalesearch.attention_reference import V_GROUPS, AttentionOptions
+from vllm_scalesearch.formats import NVFP4
+from vllm_scalesearch.search import ScalePolicy
+from vllm_scalesearch.transforms import MagnitudeReduction
+
+OPERANDS = ("kv", "qkvp")
+PREFILLS = ("stored", "full_precision")
+SOURCE = "additional_config['scalesearch']['attention']"
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How the cache and the attention over it are quantized.
+
+    operands: ``kv``, what lies in the cache and nothing else; or ``qkvp``, the paper's whole algorithm.
+    q, k, v, p: scale policy of each (`ScalePolicy`); those of q and p matter for ``qkvp`` only.
+    hadamard: multiply queries and keys by H.
+    r: R of each KV head. ``auto``: from the model's file, calibrated on first use where there is none;
+        ``none``: no R; otherwise the path of a file that ``calibrate-attention`` wrote.
+    v_group: ``head_dim`` or ``tokens``, the direction in which V's blocks lie.
+    sink, recent: how many of the first and of the newest tokens are kept in 16 bits.
+    two_level_p: give each row of a tile of P its own tensor scale.
+    prefill: ``stored``: what a query sees depends on positions alone. ``full_precision``: the tokens of
+        one chunk of a prompt see each other before quantization.
+    v_scale: V's tensor scale, a power of two. K needs none: R and H give it a size of about one.
+    calibration_tokens: a safetensors file with the token ids to calibrate R from, for the command
+        ``calibrate-attention``; None draws them at random. `r` is then the file to write.
+    Raises ValueError for values outside these.
+    """
+
+    operands: str = "kv"
+    q: str = "paper"
+    k: str = "paper"
+    v: str = "paper"
+    p: str = "paper"
+    hadamard: bool = True
+    r: str = "auto"
+    v_group: str = "head_dim"
+    sink: int = 16
+    recent: int = 16
+    two_level_p: bool = True
+    prefill: str = "stored"
+    v_scale: float = 1 / 16
+    calibration_tokens: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("operands", OPERANDS), ("v_group", V_GROUPS), ("prefill", PREFILLS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name!r} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("hadamard", "two_level_p"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name!r} is true or false, got {getattr(self, name)!r}")
+        for name, least in (("sink", 0), ("recent", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name!r} is a count of tokens, {least} or more, got {value!r}")
+        for name in ("q", "k", "v", "p"):
+            try:
+                ScalePolicy(getattr(self, name)).check_format(NVFP4)
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from None
+        if not isinstance(self.r, str) or not self.r:
+            raise ValueError(f"'r' is auto, none or a file, got {self.r!r}")
+        if self.calibration_tokens is not None and self.r in ("auto", "none"):
+            raise ValueError("'calibration_tokens' needs the file to write in 'r'")
+        scale = self.v_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 2.0**-100 <= scale <= 2.0**100:
+            raise ValueError(f"'v_scale' is a power of two, got {scale!r}")
+        if torch.frexp(torch.tensor(float(scale)))[0] != 0.5:
+            raise ValueError(f"'v_scale' is a power of two, got {scale!r}")
+
+    @classmethod
+    def from_mapping(cls, mapping: Any) -> "CacheOptions":
+        """Check and build options; `mapping` is None where the user gave none.
+
+        Raises ValueError that names `SOURCE` for anything that is not an option.
+        """
+        if mapping is None:
+            return cls()
+        if not isinstance(mapping, Mapping):
+            raise ValueError(f"{SOURCE}: expected a mapping of options, got {mapping!r}")
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in mapping if key not in known]
+        if unknown:
+            raise ValueError(
+                f"{SOURCE}: unknown option {', '.join(map(repr, unknown))}; there are {', '.join(known)}"
+            )
+        try:
+            return cls(**mapping)
+        except ValueError as error:
+            raise ValueError(f"{SOURCE}: {error}") from None
+
+    @property
+    def r_file(self) -> Path | None:
+        """The file that `r` names, if it names one."""
+        return None if self.r in ("auto", "none") else Path(self.r)
+
+    @property
+    def window(self) -> int:
+        """Newest tokens whose 16-bit copy some query may need: `recent`, and an incomplete tile of V."""
+        return self.recent + (15 if self.v_group == "tokens" else 0)
+
+    def reference(
+        self,
+        reduction: MagnitudeReduction | None,
+        softmax_scale: float,
+        sliding_window: int | None,
+        logits_soft_cap: float | None,
+        dtype: torch.dtype,
+    ) -> AttentionOptions:
+        """The definition of one layer's attention (attention_reference.py); `dtype` is the model's."""
+        whole = self.operands == "qkvp"
+        return AttentionOptions(
+            q=self.q if whole else None,
+            k=self.k,
+            v=self.v,
+            p=self.p if whole else None,
+            hadamard=self.hadamard,
+            reduction=reduction,
+            v_group=self.v_group,
+            sink=self.sink,
+            recent=self.recent,
+            two_level_p=self.two_level_p,
+            own_chunk=self.prefill == "full_precision",
+            v_scale=self.v_scale,
+            softmax_scale=softmax_scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            transform_dtype=dtype,
+        )
+
+    def __str__(self) -> str:
+        policies = f"K {self.k}, V {self.v} along {self.v_group}"
+        if self.operands == "qkvp":
+            policies = f"Q {self.q}, {policies}, P {self.p}"
+        return policies

@@ -1,0 +1,179 @@
+"""The pages of the KV cache, and what is written to and read from them, in plain torch: the definition.
+
+A layer keeps two kinds of pages:
+
+* **Packed pages** hold every token as NVFP4: 4.5 bits a value. Of one KV head, a page of N tokens is
+  ``9 * D / 8 * N`` bytes: codes of K, scales of K, codes of V, scales of V, each as below.
+
+      K codes   (N, D / 2)    two E2M1 codes a byte along head_dim, even channel low
+      K scales  (N, D / 16)   E4M3
+      V codes   (N, D / 2)    V along head_dim: as K
+                (N / 16, D, 8)    V along tokens: tile, channel, 16 tokens of two a byte, even token low
+      V scales  (N, D / 16)   or (N / 16, D)
+
+* **Full-precision pages** hold the sink and the newest tokens in 16 bits, (M, 2 * D) of a KV head: a token's
+  transformed key, then its value. Which tokens have one is for the cache's manager to say (kv_cache.py).
+
+A slot is ``block * block_size + offset``; a negative one is of a token that is not to be written. A token is
+written to both kinds. Along tokens, a tile of V is quantized once its last token arrives, from the
+full-precision page that holds its 16 tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_scalesearch.attention_reference import BLOCK, V_GROUPS
+from vllm_scalesearch.formats import NVFP4, QuantizedTensor
+from vllm_scalesearch.search import ScalePolicy, quantize
+
+# What a row of 16 values takes, of 16: 8 bytes of codes and one of scale.
+_BYTES_PER_BLOCK = BLOCK // 2 + 1
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where things lie in a packed page.
+
+    block_size: tokens of a page, a multiple of 16. head_size: D, a multiple of 16.
+    v_group: ``head_dim`` or ``tokens``. Raises ValueError for anything else.
+    """
+
+    block_size: int
+    head_size: int
+    v_group: str = "head_dim"
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "head_size"):
+            value = getattr(self, name)
+            if value < BLOCK or value % BLOCK:
+                raise ValueError(f"packed KV pages: {name} must be a multiple of {BLOCK}, got {value}")
+        if self.v_group not in V_GROUPS:
+            raise ValueError(f"unknown v_group {self.v_group!r}; there are {', '.join(V_GROUPS)}")
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one KV head, key and value together."""
+        return 2 * self.head_size // BLOCK * _BYTES_PER_BLOCK
+
+    @property
+    def offsets(self) -> tuple[int, int, int, int]:
+        """Where K's codes, K's scales, V's codes and V's scales begin in a KV head's part of a page."""
+        codes, scales = self.block_size * self.head_size // 2, self.block_size * self.head_size // BLOCK
+        return 0, codes, codes + scales, 2 * codes + scales
+
+    def parts(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of K's codes, K's scales, V's codes and V's scales, each (blocks, heads, ...), uint8.
+
+        pages: (blocks, heads, block_size, bytes_per_token) uint8, of which the last two dimensions are
+        contiguous. Raises ValueError for another shape or order.
+        """
+        expected = (self.block_size, self.bytes_per_token)
+        if pages.ndim != 4 or pages.shape[2:] != expected or pages.dtype != torch.uint8:
+            raise ValueError(
+                f"packed KV pages: expected uint8 (blocks, heads, {expected[0]}, {expected[1]}), got "
+                f"{pages.dtype} {tuple(pages.shape)}"
+            )
+        if pages.stride()[2:] != (self.bytes_per_token, 1):
+            raise ValueError(f"packed KV pages: a head's part must be contiguous, strides {pages.stride()}")
+        n, d = self.block_size, self.head_size
+        k, ks, v, vs = self.offsets
+        along_tokens = self.v_group == "tokens"
+
+        def part(offset: int, *shape: int) -> torch.Tensor:
+            strides = [1]
+            for size in shape[:0:-1]:
+                strides.insert(0, strides[0] * size)
+            return pages.as_strided(
+                (*pages.shape[:2], *shape),
+                (*pages.stride()[:2], *strides),
+                pages.storage_offset() + offset,
+            )
+
+        return (
+            part(k, n, d // 2),
+            part(ks, n, d // BLOCK),
+            part(v, n // BLOCK, d, BLOCK // 2) if along_tokens else part(v, n, d // 2),
+            part(vs, n // BLOCK, d) if along_tokens else part(vs, n, d // BLOCK),
+        )
+
+
+def write(
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    slots: torch.Tensor,
+    full_slots: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_policy: ScalePolicy | str,
+    v_policy: ScalePolicy | str,
+    v_scale: float = 1.0,
+) -> None:
+    """Write tokens to their packed and full-precision slots.
+
+    pages: packed (`PageLayout.parts`). full: (blocks, heads, M, 2 * D) bf16 or fp16. slots, full_slots:
+    (T,) int64; tokens with a negative packed slot are passed over. k, v: (T, Hkv, D) in full's dtype, k
+    after the transform. v_scale: V's tensor scale; K's is 1. Along tokens only K is packed here, and
+    `write_tiles` packs V.
+    """
+    kept = (slots >= 0).nonzero().flatten()
+    slots, full_slots, k, v = slots[kept], full_slots[kept], k[kept], v[kept]
+    block, offset = full_slots // full.shape[2], full_slots % full.shape[2]
+    full[block, :, offset] = torch.cat((k, v), dim=-1)
+    block, offset = slots // layout.block_size, slots % layout.block_size
+    k_codes, k_scales, v_codes, v_scales = layout.parts(pages)
+    packed = quantize(k, NVFP4, k_policy, tensor_scale=_scale(1.0, k))
+    k_codes[block, :, offset] = packed.packed
+    k_scales[block, :, offset] = packed.scales.view(torch.uint8)
+    if layout.v_group == "head_dim":
+        packed = quantize(v, NVFP4, v_policy, tensor_scale=_scale(v_scale, v))
+        v_codes[block, :, offset] = packed.packed
+        v_scales[block, :, offset] = packed.scales.view(torch.uint8)
+
+
+def write_tiles(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    slots: torch.Tensor,
+    values: torch.Tensor,
+    v_policy: ScalePolicy | str,
+    v_scale: float = 1.0,
+) -> None:
+    """Pack whole tiles of V along tokens.
+
+    slots: (tiles,) int64, of each tile's first token, multiples of 16. values: (tiles, 16, Hkv, D).
+    """
+    block, tile = slots // layout.block_size, slots % layout.block_size // BLOCK
+    _, _, v_codes, v_scales = layout.parts(pages)
+    columns = values.permute(0, 2, 3, 1).contiguous()  # (tiles, Hkv, D, 16)
+    packed = quantize(columns, NVFP4, v_policy, tensor_scale=_scale(v_scale, columns))
+    v_codes[block, :, tile] = packed.packed
+    v_scales[block, :, tile] = packed.scales.view(torch.uint8).squeeze(-1)
+
+
+def read(
+    pages: torch.Tensor, layout: PageLayout, blocks: torch.Tensor, v_scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored keys and values of the pages `blocks` (int64): two (Hkv, len(blocks) * block_size, D) fp32.
+
+    Tokens that were never written, and along tokens tiles that are not whole, give whatever lies there;
+    that is finite or NaN.
+    """
+    k_codes, k_scales, v_codes, v_scales = (part[blocks].transpose(0, 1) for part in layout.parts(pages))
+    k = _values(k_codes, k_scales, 1.0).flatten(1, 2)
+    if layout.v_group == "head_dim":
+        return k, _values(v_codes, v_scales, v_scale).flatten(1, 2)
+    v = _values(v_codes, v_scales.unsqueeze(-1), v_scale)  # (Hkv, blocks, tiles, D, 16)
+    return k, v.transpose(-1, -2).flatten(1, 3)
+
+
+def _values(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: float) -> torch.Tensor:
+    packed = QuantizedTensor(
+        codes, scales.contiguous().view(torch.float8_e4m3fn), _scale(tensor_scale, codes), NVFP4
+    )
+    return packed.dequantize()
+
+
+def _scale(value: float, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=like.device)

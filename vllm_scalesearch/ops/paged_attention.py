@@ -1,0 +1,157 @@
+"""Attention over the paged cache: the definition's arithmetic on the CPU, Triton kernels on a CUDA GPU.
+
+A step has a batch of requests, each with its newest tokens as queries and all its tokens in the cache,
+those queries included. Everything is read from the cache.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_scalesearch import kv_pages
+from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions, Operands, attend
+from vllm_scalesearch.formats import NVFP4
+from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.ops.quantize import quantize_weight
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the tokens of a batch are.
+
+    query_start_loc: (B + 1,) int32, first query of each request among all. seq_lens: (B,) int32, tokens of
+    each request, its queries included. block_table: (B, W) int32, packed pages of each request.
+    full_block_table: (B, V) int32, its full-precision pages; 0 where it has none (any more).
+    slots, full_slots: (T,) int64, where the queries' own tokens go, negative for padding.
+    max_query_len: at least the largest number of queries of a request.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    full_block_table: torch.Tensor
+    slots: torch.Tensor
+    full_slots: torch.Tensor
+    max_query_len: int
+
+
+def write(
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: Step,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: AttentionOptions,
+) -> None:
+    """Write a step's tokens to the cache: packed, and in 16 bits.
+
+    pages, full: see kv_pages.py. k, v: (T, Hkv, D), T at least the step's tokens, k after the transform.
+    """
+    count = len(step.slots)
+    k, v = k[:count], v[:count]
+    kv_pages.write(
+        pages, full, layout, step.slots, step.full_slots, k, v, options.k, options.v, options.v_scale
+    )
+    if layout.v_group == "tokens":
+        slots, values = _complete_tiles(full, layout, step)
+        if len(slots):
+            kv_pages.write_tiles(pages, layout, slots, values, options.v, options.v_scale)
+
+
+def _complete_tiles(full: torch.Tensor, layout: PageLayout, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles of V that this step's tokens complete: first slots (tiles,), and values (tiles, 16, Hkv, D)."""
+    slots, values = [], []
+    starts, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
+    for request, length in enumerate(lengths):
+        context = length - (starts[request + 1] - starts[request])
+        for tile in range(context // BLOCK, length // BLOCK):
+            tokens = torch.arange(tile * BLOCK, (tile + 1) * BLOCK)
+            values.append(_full(full, step.full_block_table[request], tokens)[..., layout.head_size :])
+            slots.append(_slot(step.block_table[request], tile * BLOCK, layout.block_size))
+    if not slots:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0)
+    return torch.stack(slots), torch.stack(values)
+
+
+def _slot(table: torch.Tensor, token: int, block_size: int) -> torch.Tensor:
+    return table[token // block_size].long() * block_size + token % block_size
+
+
+def _full(full: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Full-precision keys and values of `tokens` of one request: (tokens, Hkv, 2 * D)."""
+    size = full.shape[2]
+    return full[table[tokens // size].long(), :, tokens % size]
+
+
+def attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: Step,
+    options: AttentionOptions,
+    output: torch.Tensor,
+) -> None:
+    """Attention of a step's queries, into `output`.
+
+    q: (T, Hq, D) bf16 or fp16, after the transform. output: (T, Hq, D) in q's dtype; rows past the step's
+    tokens are left alone. The arithmetic is fp32.
+    """
+    starts, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
+    for request, length in enumerate(lengths):
+        rows = slice(starts[request], starts[request + 1])
+        if rows.start == rows.stop:
+            continue
+        heads = pages.shape[1]
+        queries = q[rows].float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
+        operands = _operands(queries, pages, full, layout, step, request, length, options)
+        # Where P stays as it is, the width of a tile changes nothing but rounding.
+        wide = options if options.p is not None else replace(options, kv_tile=-(-length // BLOCK) * BLOCK)
+        output[rows] = attend(operands, wide).permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
+
+
+def _operands(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: Step,
+    request: int,
+    length: int,
+    options: AttentionOptions,
+) -> Operands:
+    dim = layout.head_size
+    context = length - q.shape[2]
+    blocks = step.block_table[request, : -(-length // layout.block_size)].long()
+    k_stored, v_stored = (x[:, :length] for x in kv_pages.read(pages, layout, blocks, options.v_scale))
+    boundary = options.boundary(torch.arange(context, length))
+    # What is stored for nobody may hold anything, NaN too.
+    k_stored[:, int(boundary[-1]) :], v_stored[:, int(boundary[-1]) :] = 0, 0
+    first = int(boundary[0])
+    visible = 0 if options.sliding_window is None else max(0, context + 1 - options.sliding_window)
+    tokens = torch.arange(length)
+    tokens = tokens[((tokens < options.sink) | (tokens >= first)) & (tokens >= visible)]
+    k = torch.zeros_like(k_stored)
+    v = torch.zeros_like(v_stored)
+    kept = _full(full, step.full_block_table[request], tokens).float().transpose(0, 1)
+    k[:, tokens], v[:, tokens] = kept[..., :dim], kept[..., dim:]
+    return Operands(q, _quantized(q, options), k, k_stored, v, v_stored)
+
+
+def _quantized(q: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    if options.q is None:
+        return q
+    return quantize_weight(q.contiguous(), NVFP4, options.q, torch.ones((), device=q.device)).dequantize()
+
+
+def transformed(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Queries or keys times their KV head's matrix, in fp32, rounded to x's dtype.
+
+    x: (T, H, D) bf16 or fp16. matrix: (Hkv, D, D) fp32; H is a multiple of Hkv, head h belongs to
+    ``h // (H // Hkv)``.
+    """
+    heads = matrix.shape[0]
+    grouped = x.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2).float()  # (Hkv, T * group, D)
+    product = torch.bmm(grouped, matrix).to(x.dtype)
+    return product.view(heads, len(x), -1, x.shape[2]).transpose(0, 1).flatten(1, 2)
