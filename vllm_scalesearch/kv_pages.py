@@ -123,13 +123,29 @@ def write(
     full[block, :, offset] = torch.cat((k, v), dim=-1)
     block, offset = slots // layout.block_size, slots % layout.block_size
     k_codes, k_scales, v_codes, v_scales = layout.parts(pages)
-    packed = quantize(k, NVFP4, k_policy, tensor_scale=_scale(1.0, k))
-    k_codes[block, :, offset] = packed.packed
-    k_scales[block, :, offset] = packed.scales.view(torch.uint8)
+    rows, policies, scales = [k], [k_policy], [1.0]
+    targets = [(k_codes, k_scales)]
     if layout.v_group == "head_dim":
-        packed = quantize(v, NVFP4, v_policy, tensor_scale=_scale(v_scale, v))
-        v_codes[block, :, offset] = packed.packed
-        v_scales[block, :, offset] = packed.scales.view(torch.uint8)
+        rows, policies, scales = [k, v], [k_policy, v_policy], [1.0, v_scale]
+        targets.append((v_codes, v_scales))
+    for (codes, block_scales), packed in zip(targets, _quantized(rows, policies, scales), strict=True):
+        codes[block, :, offset] = packed.packed
+        block_scales[block, :, offset] = packed.scales.view(torch.uint8)
+
+
+def _quantized(
+    rows: list[torch.Tensor], policies: list[ScalePolicy | str], scales: list[float]
+) -> list[QuantizedTensor]:
+    """Each of `rows` (T, H, D) under its policy and tensor scale; at once where the policies are the same."""
+    tensor_scales = [_scale(scale, x) for scale, x in zip(scales, rows, strict=True)]
+    if len(rows) == 1 or policies[0] != policies[1]:
+        return [
+            quantize(x, NVFP4, p, tensor_scale=s) for x, p, s in zip(rows, policies, tensor_scales, strict=True)
+        ]
+    x = torch.stack(rows)
+    by_row = torch.stack(tensor_scales).view(-1, 1, 1, 1).expand(*x.shape[:-1], 1)
+    both = quantize(x, NVFP4, policies[0], tensor_scale=by_row)
+    return [QuantizedTensor(both.packed[i], both.scales[i], tensor_scales[i], NVFP4) for i in range(len(rows))]
 
 
 def write_tiles(

@@ -110,7 +110,8 @@ class Options:
         """
         if not isinstance(mapping, Mapping):
             raise ValueError(f"{source}: expected a mapping of options, got {mapping!r}")
-        known = (*_LAYER_KEYS, "ignore", "overrides", "lm_head", "cpu_storage")
+        # Attention's options stand beside these, and its backend reads them (attention_options.py).
+        known = (*_LAYER_KEYS, "ignore", "overrides", "lm_head", "cpu_storage", "attention")
         _check_keys(mapping, known, source)
         ignore = mapping.get("ignore", ())
         if isinstance(ignore, str) or not isinstance(ignore, Iterable):

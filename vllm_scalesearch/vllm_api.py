@@ -4,9 +4,14 @@ Importing this module imports vLLM; `formats`, `search`, `options` and `ops` nev
 """
 
 from vllm._custom_ops import cutlass_scaled_fp4_mm
-from vllm.config import get_current_vllm_config
-from vllm.distributed import get_pp_group
-from vllm.forward_context import get_forward_context
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import init_mxfp4_linear_kernel, init_nvfp4_linear_kernel
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel
@@ -19,6 +24,8 @@ from vllm.model_executor.kernels.linear.nvfp4.flashinfer import (
 )
 from vllm.model_executor.kernels.linear.nvfp4.humming import HummingNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import (
     ApplyMoEActivationConfig,
@@ -78,9 +85,33 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 from vllm.utils.flashinfer import flashinfer_scaled_fp4_mm
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 __all__ = [
     "ApplyMoEActivationConfig",
+    "AttentionBackend",
+    "AttentionBackendEnum",
+    "AttentionCGSupport",
+    "AttentionImpl",
+    "AttentionLayerBase",
+    "AttentionMetadataBuilder",
+    "AttentionSpec",
+    "AttentionType",
+    "CommonAttentionMetadata",
     "CutlassNvFp4LinearKernel",
     "FlashInferB12xNvFp4LinearKernel",
     "FlashInferCudnnNvFp4LinearKernel",
@@ -94,12 +125,16 @@ __all__ = [
     "FusedMoEQuantConfig",
     "HummingIndexedExperts",
     "HummingNvFp4LinearKernel",
+    "KVCacheBlock",
+    "KVCacheLayout",
+    "KVCacheSpec",
     "LinearBase",
     "LinearMethodBase",
     "MarlinExperts",
     "MarlinNvFp4LinearKernel",
     "MoEActivation",
     "ModelWeightParameter",
+    "MultipleOf",
     "Mxfp4MoeBackend",
     "NvFp4LinearKernel",
     "NvFp4MoeBackend",
@@ -108,10 +143,13 @@ __all__ = [
     "QuantizationConfig",
     "ReplicatedLinear",
     "RoutedExperts",
+    "SlidingWindowManager",
+    "SlidingWindowSpec",
     "TopKWeightAndReduceNoOP",
     "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
+    "VllmConfig",
     "amax_for_moe_weight_quant",
     "amax_for_tp_weight_quant",
     "apply_moe_activation",
@@ -122,9 +160,13 @@ __all__ = [
     "dispatch_cpu_unquantized_gemm",
     "flashinfer_scaled_fp4_mm",
     "fused_marlin_moe",
+    "get_attention_context",
     "get_current_vllm_config",
     "get_forward_context",
     "get_pp_group",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+    "get_tp_group",
     "init_logger",
     "init_mxfp4_linear_kernel",
     "init_nvfp4_linear_kernel",
@@ -139,8 +181,11 @@ __all__ = [
     "mxfp4_round_up_hidden_size_and_intermediate_size",
     "nvfp4_weight_padding_bytes",
     "pad_nvfp4_activation_for_cutlass",
+    "register_kv_cache_spec",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
     "replace_parameter",
+    "resolve_block_hashes",
     "select_nvfp4_moe_backend",
+    "set_forward_context",
 ]

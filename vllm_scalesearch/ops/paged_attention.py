@@ -5,6 +5,7 @@ those queries included. Everything is read from the cache.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -42,14 +43,23 @@ def write(
     step: Step,
     k: torch.Tensor,
     v: torch.Tensor,
+    k_matrix: torch.Tensor | None,
     options: AttentionOptions,
 ) -> None:
-    """Write a step's tokens to the cache: packed, and in 16 bits.
+    """Transform a step's keys, and write its tokens to the cache: packed, and in 16 bits.
 
-    pages, full: see kv_pages.py. k, v: (T, Hkv, D), T at least the step's tokens, k after the transform.
+    pages, full: see kv_pages.py. k, v: (T, Hkv, D), T at least the step's tokens. k_matrix: (Hkv, D, D)
+    fp32, or None to leave keys as they are.
     """
+    if pages.device.type == "cuda":
+        from vllm_scalesearch.ops import triton_kv_write
+
+        triton_kv_write.transform_and_write(pages, full, layout, step, k, v, k_matrix, options)
+        return
     count = len(step.slots)
     k, v = k[:count], v[:count]
+    if k_matrix is not None:
+        k = transformed(k, k_matrix)
     kv_pages.write(
         pages, full, layout, step.slots, step.full_slots, k, v, options.k, options.v, options.v_scale
     )
@@ -90,25 +100,83 @@ def attention(
     full: torch.Tensor,
     layout: PageLayout,
     step: Step,
+    q_matrix: torch.Tensor | None,
     options: AttentionOptions,
     output: torch.Tensor,
 ) -> None:
-    """Attention of a step's queries, into `output`.
+    """Transform a step's queries, and attend to the cache, into `output`.
 
-    q: (T, Hq, D) bf16 or fp16, after the transform. output: (T, Hq, D) in q's dtype; rows past the step's
-    tokens are left alone. The arithmetic is fp32.
+    q: (T, Hq, D) bf16 or fp16. q_matrix: (Hkv, D, D) fp32, or None. output: (T, Hq, D) in q's dtype; rows
+    past the step's tokens are left alone. The arithmetic is fp32.
     """
+    if pages.device.type == "cuda":
+        from vllm_scalesearch.ops import triton_kv_write, triton_paged_attention
+
+        q, q_stored = triton_kv_write.transform_query(q, q_matrix, options)
+        triton_paged_attention.attention(q, q_stored, pages, full, layout, step, options, output)
+        return
+    if q_matrix is not None:
+        q = transformed(q, q_matrix)
     starts, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
+    counts = [stop - start for start, stop in pairwise(starts)]
+    single = [request for request, count in enumerate(counts) if count == 1]
+    if single and options.q is None and options.p is None:
+        # One decoding step of many requests: the same arithmetic, once for all of them.
+        requests = torch.tensor(single)
+        rows = step.query_start_loc[requests].long()
+        output[rows] = _decode(q[rows], pages, full, layout, step, requests, options).to(output.dtype)
+        counts = [0 if count == 1 else count for count in counts]
     for request, length in enumerate(lengths):
-        rows = slice(starts[request], starts[request + 1])
-        if rows.start == rows.stop:
+        if not counts[request]:
             continue
+        rows = slice(starts[request], starts[request + 1])
         heads = pages.shape[1]
         queries = q[rows].float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
         operands = _operands(queries, pages, full, layout, step, request, length, options)
         # Where P stays as it is, the width of a tile changes nothing but rounding.
         wide = options if options.p is not None else replace(options, kv_tile=-(-length // BLOCK) * BLOCK)
         output[rows] = attend(operands, wide).permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
+
+
+def _decode(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: Step,
+    requests: torch.Tensor,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of one query of each of `requests` (R,), in which neither Q nor P is quantized.
+
+    q: (R, Hq, D), transformed. Returns (R, Hq, D) fp32.
+    """
+    dim, heads = layout.head_size, pages.shape[1]
+    lengths = step.seq_lens[requests].long().unsqueeze(1)
+    longest = int(lengths.max())
+    tables = step.block_table[requests, : -(-longest // layout.block_size)].long()
+    keys, values = (
+        x.unflatten(1, (len(requests), -1)).transpose(0, 1)[:, :, :longest]
+        for x in kv_pages.read(pages, layout, tables.flatten(), options.v_scale)
+    )  # (R, Hkv, T, D)
+    tokens = torch.arange(longest)
+    visible = tokens < lengths
+    if options.sliding_window is not None:
+        visible &= tokens >= lengths - options.sliding_window
+    boundary = torch.cat([options.boundary(length - 1) for length in lengths]).unsqueeze(1)
+    whole = visible & ((tokens < options.sink) | (tokens >= boundary))
+    request, token = whole.nonzero(as_tuple=True)
+    blocks = step.full_block_table[requests[request], token // full.shape[2]].long()
+    kept = full[blocks, :, token % full.shape[2]].float()
+    keys[request, :, token], values[request, :, token] = kept[..., :dim], kept[..., dim:]
+    # What nobody sees may hold anything, NaN too.
+    values = values.masked_fill_(~visible[:, None, :, None], 0)
+    scores = q.float().unflatten(1, (heads, -1)) @ keys.mT
+    scores *= dim**-0.5 if options.softmax_scale is None else options.softmax_scale
+    if options.logits_soft_cap is not None:
+        scores = options.logits_soft_cap * torch.tanh(scores / options.logits_soft_cap)
+    scores = scores.masked_fill_(~visible[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ values).flatten(1, 2)
 
 
 def _operands(

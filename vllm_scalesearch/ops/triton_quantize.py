@@ -284,6 +284,66 @@ def _search(
     return best
 
 
+@triton.jit
+def _winners(
+    x, reciprocal, BOUNDED: tl.constexpr, RULE: tl.constexpr, OFFSETS: tl.constexpr, IS_NVFP4: tl.constexpr,
+    HW_E2M1: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """The search of the blocks x (TILE, 8, SUB) fp32, from values to the scales that win.
+
+    reciprocal: of NVFP4's tensor scale. BOUNDED: that scale does not come from x, which may then exceed it
+    by any factor. Returns magnitudes y as `_search` takes them, MXFP4's unit, the winning scale codes
+    (TILE,) int32, and which blocks hold finite values only, (TILE,) bool.
+    """
+    magnitude_bits = _bits(x) & _MAGNITUDE
+    y = _from_bits(magnitude_bits)
+    amax_bits = tl.max(tl.max(magnitude_bits, 2), 1)
+    finite = amax_bits < _EXPONENT
+    amax = _from_bits(amax_bits)
+    if IS_NVFP4:
+        y *= reciprocal
+        amax *= reciprocal
+        if BOUNDED:
+            # 2**40: as in search.py, so that errors stay finite under any scale. (Codes of amax
+            # end far below.)
+            y = tl.minimum(y, 1099511627776.0)
+        base = _encode_e4m3(amax * _SIXTH)
+        unit = base
+    else:
+        base = tl.where(amax > 0, _floor_log2(amax) + 125, 0)
+        unit = tl.minimum(tl.maximum(base, 0), 252)
+        y = y * _power_of_two(127 - unit)[:, None, None]
+    best = _search(y, amax, base, unit, RULE, OFFSETS, IS_NVFP4, HW_E2M1, TILE, SUB)
+    return y, unit, best, finite
+
+
+@triton.jit
+def _packed_words(
+    y, sign, scale_reciprocal, finite, HW_E2M1: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr
+):
+    """E2M1 codes of the blocks y under the scales that won, eight an int32: (TILE, SUB).
+
+    sign: fp32 sign bits of the values, (TILE, 8, SUB) int32.
+    """
+    if HW_E2M1:
+        t = _from_bits(_bits(y * scale_reciprocal[:, None, None]) | sign)
+        low, high = tl.split(tl.permute(tl.reshape(t, (TILE, 4, 2, SUB)), (0, 1, 3, 2)))
+        parts = _encode_pair_hw(low, high) << (tl.arange(0, 4) * 8)[None, :, None]
+    else:
+        # 1 becomes fp32's smallest normal, 2**-126: then the codes are the leading bits.
+        q = _round(y, scale_reciprocal, HW_E2M1)
+        code = (_bits(q * 4.930380657631324e-32) >> 22) | ((sign >> 28) & 8)
+        parts = code << (tl.arange(0, 8) * 4)[None, :, None]
+    return tl.where(finite[:, None], tl.sum(parts, 1), 0)
+
+
+@triton.jit
+def _tensor_scale_of_bits(amax_bits):
+    """As `tensor_scale_of`, of the bits of finite magnitudes."""
+    tensor_scale = tl.maximum(_from_bits(amax_bits) * _TENSOR_SCALE, _SMALLEST_TENSOR_SCALE)
+    return tl.where(amax_bits > 0, tensor_scale, 1.0)
+
+
 # --- what is quantized ---------------------------------------------------------------------------
 
 
@@ -426,9 +486,7 @@ def _quantize_kernel(
                 x = _load(x_ptr, addend_ptr, weight_ptr, inverse_rms, width, columns, columns < width, SOURCE)
                 wide_amax = tl.maximum(wide_amax, _finite_magnitude_bits(x))
             row_amax = tl.max(wide_amax, 0)
-        # As `tensor_scale_of`.
-        tensor_scale = tl.maximum(_from_bits(row_amax) * _TENSOR_SCALE, _SMALLEST_TENSOR_SCALE)
-        tensor_scale = tl.where(row_amax > 0, tensor_scale, 1.0)
+        tensor_scale = _tensor_scale_of_bits(row_amax)
         if row_scale_ptr is not None:
             tl.store(row_scale_ptr + row, tensor_scale, mask=part == 0)
     reciprocal = tl.div_rn(1.0, tensor_scale)
@@ -459,39 +517,14 @@ def _quantize_kernel(
                 z = _norm_input(x_ptr, addend_ptr, columns + eight * 8, mask)
                 tl.store(sum_ptr + row * width + columns + eight * 8, _narrow(z, DTYPE), mask=mask)
 
-        magnitude_bits = _bits(x) & _MAGNITUDE
-        y = _from_bits(magnitude_bits)
-        amax_bits = tl.max(tl.max(magnitude_bits, 2), 1)
-        finite = amax_bits < _EXPONENT
-        amax = _from_bits(amax_bits)
-        if IS_NVFP4:
-            y *= reciprocal
-            amax *= reciprocal
-            if SCALE != "computed":
-                # 2**40: as in search.py, so that errors stay finite under any scale. (Codes of amax
-                # end far below.)
-                y = tl.minimum(y, 1099511627776.0)
-            base = _encode_e4m3(amax * _SIXTH)
-            unit = base
-        else:
-            base = tl.where(amax > 0, _floor_log2(amax) + 125, 0)
-            unit = tl.minimum(tl.maximum(base, 0), 252)
-            y = y * _power_of_two(127 - unit)[:, None, None]
-        best = _search(y, amax, base, unit, RULE, OFFSETS, IS_NVFP4, HW_E2M1, TILE, SUB)
+        y, unit, best, finite = _winners(
+            x, reciprocal, SCALE != "computed", RULE, OFFSETS, IS_NVFP4, HW_E2M1, TILE, SUB
+        )
         scale, scale_reciprocal = _scale_pair(best, unit, IS_NVFP4)
 
         sign = _bits(x) & _SIGN
         if packed_ptr is not None:
-            if HW_E2M1:
-                t = _from_bits(_bits(y * scale_reciprocal[:, None, None]) | sign)
-                low, high = tl.split(tl.permute(tl.reshape(t, (TILE, 4, 2, SUB)), (0, 1, 3, 2)))
-                parts = _encode_pair_hw(low, high) << (tl.arange(0, 4) * 8)[None, :, None]
-            else:
-                # 1 becomes fp32's smallest normal, 2**-126: then the codes are the leading bits.
-                q = _round(y, scale_reciprocal, HW_E2M1)
-                code = (_bits(q * 4.930380657631324e-32) >> 22) | ((sign >> 28) & 8)
-                parts = code << (tl.arange(0, 8) * 4)[None, :, None]
-            words = tl.where(finite[:, None], tl.sum(parts, 1), 0)  # (TILE, SUB), 8 codes each
+            words = _packed_words(y, sign, scale_reciprocal, finite, HW_E2M1, TILE, SUB)
             at = (row * blocks + block)[:, None] * SUB + tl.arange(0, SUB)[None, :]
             tl.store(packed_ptr + at, words, mask=mask)
             code = tl.where(finite, best, 0x7F if IS_NVFP4 else 0xFF)

@@ -1,0 +1,322 @@
+"""ScaleSearchAttention as a vLLM attention backend, `SCALESEARCH` (arXiv 2605.12464; the definition is
+attention_reference.py).
+
+Each attention layer has packed pages of its own and, as a layer beside it, 16-bit pages of its sink and
+newest tokens (kv_cache.py). A forward pass transforms q and k, writes k and v to both, and attends to what
+the cache holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from vllm_scalesearch.attention_options import CacheOptions
+from vllm_scalesearch.attention_reference import BLOCK
+from vllm_scalesearch.kv_cache import RATIO, FullPrecisionLayer, layer_beside
+from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.model_reductions import ModelReductions
+from vllm_scalesearch.ops import paged_attention
+from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.options import QUANT_METHOD
+from vllm_scalesearch.transforms import MagnitudeReduction, head_transform
+from vllm_scalesearch.vllm_api import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionSpec,
+    AttentionType,
+    CommonAttentionMetadata,
+    KVCacheLayout,
+    MultipleOf,
+    VllmConfig,
+    current_platform,
+    get_attention_context,
+    get_current_vllm_config,
+    init_logger,
+)
+
+NAME = "SCALESEARCH"
+PATH = "vllm_scalesearch.attention.ScaleSearchAttentionBackend"
+KV_CACHE_DTYPE = "nvfp4"
+HEAD_SIZES = (64, 96, 128, 256)
+BLOCK_SIZES = range(BLOCK, 129, BLOCK)
+# Its 16-bit block then has 16 tokens, one tile of V.
+PREFERRED_BLOCK_SIZE = 64
+
+logger = init_logger("vllm.scalesearch.attention")
+
+
+@dataclass
+class Metadata:
+    """Of one KV group in one step: see `paged_attention.Step`."""
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    max_query_len: int
+
+
+class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
+    """Passes on what the runner has: all of it lies in buffers that a CUDA graph may keep."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Metadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise NotImplementedError(f"{NAME}: attention that is not causal is not supported")
+        return Metadata(
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            common.slot_mapping[: common.num_actual_tokens],
+            common.max_query_len,
+        )
+
+
+class _Backend(AttentionBackend):
+    """What both kinds of pages have in common."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type["ScaleSearchAttentionImpl"]:
+        return ScaleSearchAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MetadataBuilder]:
+        return MetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A head's part of a page is contiguous."""
+        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # Pages written with one R must not be read with another, and a connector does not know R.
+        return False
+
+
+class FullPrecisionBackend(_Backend):
+    """Of the pages of `FullPrecisionLayer`."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK // RATIO)]
+
+
+class ScaleSearchAttentionBackend(_Backend):
+    """Of the packed pages; the one that a user selects."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [KV_CACHE_DTYPE]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return PREFERRED_BLOCK_SIZE
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        return kv_cache_dtype in cls.supported_kv_cache_dtypes
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or block_size in BLOCK_SIZES
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        if spec.head_size != spec.head_size_v:
+            raise NotImplementedError(
+                f"{NAME}: keys of {spec.head_size} and values of {spec.head_size_v} channels, not supported: "
+                "both must have one size"
+            )
+        return replace(spec, state_content_bytes=PageLayout(BLOCK, spec.head_size).bytes_per_token)
+
+    @classmethod
+    def validate_configuration(cls, head_size: int, dtype: torch.dtype, **config: Any) -> list[str]:
+        """vLLM's list of reasons, in words that say what to do."""
+        reasons = super().validate_configuration(head_size=head_size, dtype=dtype, **config)
+        said = {
+            "head_size not supported": f"head_size {head_size} is not among {HEAD_SIZES}",
+            "dtype not supported": f"dtype {dtype} is neither bfloat16 nor float16",
+            "kv_cache_dtype not supported": f"it needs --kv-cache-dtype {KV_CACHE_DTYPE} (got "
+            f"{config.get('kv_cache_dtype')!r}), in every layer: kv_cache_dtype_skip_layers must be empty",
+            "block_size not supported": f"block_size {config.get('block_size')} is not a multiple of {BLOCK} "
+            f"up to {BLOCK_SIZES[-1]}",
+            "attention sinks not supported": "learned attention sinks are not supported",
+            "KV connector not supported": "KV connectors are not supported: another server's R is not known",
+        }
+        return [said.get(reason, reason) for reason in reasons]
+
+
+def user_options(vllm_config: VllmConfig) -> CacheOptions:
+    """The user's options. Raises ValueError for those that do not exist."""
+    additional = vllm_config.additional_config
+    ours = additional.get(QUANT_METHOD, {}) if isinstance(additional, Mapping) else {}
+    if not isinstance(ours, Mapping):
+        raise ValueError(f"additional_config[{QUANT_METHOD!r}]: expected a mapping of options, got {ours!r}")
+    return CacheOptions.from_mapping(ours.get("attention"))
+
+
+class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
+    """Attention of one layer over its cache.
+
+    Raises NotImplementedError at construction for what is not supported.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = KV_CACHE_DTYPE,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise NotImplementedError(f"{NAME}: ALiBi is not supported; use another --attention-backend")
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"{NAME}: attention of type {attn_type} is not supported, only decoders")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = logits_soft_cap or None
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.vllm_config = get_current_vllm_config()
+        self.options = user_options(self.vllm_config)
+        self.dtype = torch.get_default_dtype()
+        self.layer_name: str | None = None
+        self.reductions: ModelReductions | None = None
+        self.set_reduction(None)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Bring in the layer's full-precision pages and its R; vLLM calls it once the model is loaded."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self.layer_name = next(
+            name
+            for name, layer in layers.items()
+            if getattr(layer, "impl", None) is self and not isinstance(layer, FullPrecisionLayer)
+        )
+        beside = layer_beside(self.layer_name)
+        if self.kv_sharing_target_layer_name is None and beside not in layers:
+            layers[beside] = FullPrecisionLayer(
+                FullPrecisionBackend,
+                self,
+                self.num_kv_heads,
+                self.head_size,
+                self.dtype,
+                self.options.sink,
+                self.options.window,
+            )
+        self.reductions = ModelReductions.of(self.vllm_config, self.options)
+        self.reductions.attach(self.layer_name, self)
+        self._say()
+
+    def set_reduction(self, reduction: MagnitudeReduction | None) -> None:
+        """Use R (None: none) from now on. The cache must be empty."""
+        self.reference = self.options.reference(
+            reduction, self.scale, self.sliding_window, self.logits_soft_cap, self.dtype
+        )
+        transform = head_transform(self.num_kv_heads, self.head_size, reduction, self.options.hadamard)
+        device = current_platform.device_type
+        self.q_matrix, self.k_matrix = (
+            (None, None)
+            if transform is None
+            else (m.to(device, torch.float32).contiguous() for m in (transform.q_matrix, transform.k_matrix))
+        )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: Metadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query (T, Hq, D), key and value (T, Hkv, D), of which the step's tokens come first; output like
+        query. Without metadata nothing is cached: vLLM measures memory, or R is being calibrated."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(f"{NAME}: quantizing the output is not supported")
+        if attn_metadata is None:
+            if self.reductions is not None and self.reductions.collecting:
+                return self.reductions.collect(self, query, key, value, output)
+            return output.zero_()
+        source = self.kv_sharing_target_layer_name or self.layer_name
+        full_metadata, _, full, _ = get_attention_context(layer_beside(source))
+        packed = kv_cache.view(torch.uint8)
+        layout = PageLayout(packed.shape[2], self.head_size, self.options.v_group)
+        step = Step(
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            full_metadata.block_table,
+            attn_metadata.slot_mapping,
+            full_metadata.slot_mapping,
+            attn_metadata.max_query_len,
+        )
+        full = full.view(self.dtype)
+        if self.kv_sharing_target_layer_name is None and key is not None:
+            paged_attention.write(packed, full, layout, step, key, value, self.k_matrix, self.reference)
+        paged_attention.attention(query, packed, full, layout, step, self.q_matrix, self.reference, output)
+        return output
+
+    def _say(self) -> None:
+        options, block = self.options, self.vllm_config.cache_config.block_size // RATIO
+        tokens = (-(-options.sink // block) + -(-(options.window + block - 1) // block)) * block
+        size = tokens * 2 * self.head_size * self.num_kv_heads * self.dtype.itemsize / 1024
+        logger.info_once(
+            "%s: %s kernels, %s; sink of %d and newest %d tokens in %s, at most %d tokens and %.0f KiB a "
+            "decoding request and layer",
+            NAME,
+            "Triton" if current_platform.is_cuda() else "torch",
+            options,
+            options.sink,
+            options.recent,
+            str(self.dtype).removeprefix("torch."),
+            tokens,
+            size,
+        )
