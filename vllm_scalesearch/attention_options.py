@@ -35,8 +35,9 @@ class CacheOptions:
     prefill: ``stored``: what a query sees depends on positions alone. ``full_precision``: the tokens of
         one chunk of a prompt see each other before quantization.
     v_scale: V's tensor scale, a power of two. K needs none: R and H give it a size of about one.
-    calibration_tokens: a safetensors file with the token ids to calibrate R from, for the command
-        ``calibrate-attention``; None draws them at random. `r` is then the file to write.
+    calibration_tokens: for the command ``calibrate-attention``: a safetensors file with token ids (`tokens`,
+        and their `source` in the metadata) to calibrate R from, whether or not there is an R. `r` is then
+        the file to write, or ``auto`` for the one in the user's cache.
     Raises ValueError for values outside these.
     """
 
@@ -73,8 +74,8 @@ class CacheOptions:
                 raise ValueError(f"{name!r}: {error}") from None
         if not isinstance(self.r, str) or not self.r:
             raise ValueError(f"'r' is auto, none or a file, got {self.r!r}")
-        if self.calibration_tokens is not None and self.r in ("auto", "none"):
-            raise ValueError("'calibration_tokens' needs the file to write in 'r'")
+        if self.calibration_tokens is not None and self.r == "none":
+            raise ValueError("'calibration_tokens' are there to calibrate R from, and 'r' is 'none'")
         scale = self.v_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 2.0**-100 <= scale <= 2.0**100:
             raise ValueError(f"'v_scale' is a power of two, got {scale!r}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from vllm_scalesearch import reduction_files
@@ -175,8 +175,8 @@ class ModelReductions:
     def _sequences(self) -> tuple[list[torch.Tensor], str]:
         """Token ids, each (T,) on the CPU, and in words where they are from."""
         if self.options.calibration_tokens is not None:
-            ids = load_file(self.options.calibration_tokens)["tokens"]
-            source = f"{len(ids)} tokens of text"
+            with safe_open(self.options.calibration_tokens, "pt") as file:
+                ids, source = file.get_tensor("tokens"), file.metadata()["source"]
         else:
             model = self.vllm_config.model_config
             generator = torch.Generator().manual_seed(0)
