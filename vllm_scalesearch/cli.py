@@ -86,7 +86,6 @@ def _calibrate(arguments: argparse.Namespace, tokens: Path) -> None:
         kv_cache_dtype="nvfp4",
         additional_config={"scalesearch": {"attention": attention}},
         enforce_eager=True,
-        skip_tokenizer_init=True,
         max_model_len=1024,
         max_num_seqs=1,
         kv_cache_memory_bytes=1 << 30,

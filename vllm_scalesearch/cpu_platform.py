@@ -18,6 +18,16 @@ def platform() -> str | None:
 
 class ScaleSearchCpuPlatform(CpuPlatform):
     @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        super().check_and_update_config(vllm_config)
+        if not _selected(vllm_config.attention_config.backend):
+            return
+        from vllm_scalesearch.attention import PREFERRED_BLOCK_SIZE
+
+        if not vllm_config.cache_config.user_specified_block_size:
+            vllm_config.cache_config.block_size = PREFERRED_BLOCK_SIZE
+
+    @classmethod
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
@@ -25,7 +35,7 @@ class ScaleSearchCpuPlatform(CpuPlatform):
 
         Raises ValueError with the reasons where it is selected and cannot run.
         """
-        if getattr(selected_backend, "name", None) != "SCALESEARCH":
+        if not _selected(selected_backend):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         from vllm_scalesearch.attention import PATH, ScaleSearchAttentionBackend
 
@@ -35,3 +45,7 @@ class ScaleSearchCpuPlatform(CpuPlatform):
         if reasons:
             raise ValueError(f"Attention backend SCALESEARCH cannot run this: {'; '.join(reasons)}")
         return PATH
+
+
+def _selected(backend: Any) -> bool:
+    return getattr(backend, "name", None) == "SCALESEARCH"

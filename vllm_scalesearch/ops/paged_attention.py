@@ -194,10 +194,12 @@ def _operands(
     blocks = step.block_table[request, : -(-length // layout.block_size)].long()
     k_stored, v_stored = (x[:, :length] for x in kv_pages.read(pages, layout, blocks, options.v_scale))
     boundary = options.boundary(torch.arange(context, length))
-    # What is stored for nobody may hold anything, NaN too.
-    k_stored[:, int(boundary[-1]) :], v_stored[:, int(boundary[-1]) :] = 0, 0
     first = int(boundary[0])
     visible = 0 if options.sliding_window is None else max(0, context + 1 - options.sliding_window)
+    # What is stored for nobody, or seen by nobody, may hold anything, NaN too.
+    for x in (k_stored, v_stored):
+        x[:, :visible] = 0
+        x[:, int(boundary[-1]) :] = 0
     tokens = torch.arange(length)
     tokens = tokens[((tokens < options.sink) | (tokens >= first)) & (tokens >= visible)]
     k = torch.zeros_like(k_stored)

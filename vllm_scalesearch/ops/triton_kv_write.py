@@ -341,9 +341,7 @@ def transform_query(
     return transformed, stored
 
 
-def check_cache(
-    pages: torch.Tensor, full: torch.Tensor, layout: PageLayout, options: AttentionOptions
-) -> None:
+def check_cache(pages: torch.Tensor, full: torch.Tensor, layout: PageLayout, options: AttentionOptions) -> None:
     """Raise ValueError for pages or options that the kernels do not take."""
     layout.parts(pages)
     heads, dim = pages.shape[1], layout.head_size
@@ -411,11 +409,8 @@ def write_constants(
 ) -> dict:
     """How `_write_kernel` is compiled."""
     _, k_scales, v_codes, v_scales = layout.offsets
-    sizes = _sizes(layout.head_size)
-    if sizes["STEP"] & (sizes["STEP"] - 1):
-        sizes["STEP"] = BLOCK
     return dict(
-        **sizes,
+        **_sizes(layout.head_size),
         PAGE=layout.block_size,
         FULL_PAGE=full_page,
         K_SCALES=k_scales,

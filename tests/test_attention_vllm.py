@@ -1,0 +1,227 @@
+"""Attention backend SCALESEARCH in real vLLM on the CPU: what its layers compute is the definition's attention
+over what they were given, and no scheduling changes it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vllm_scalesearch.attention_reference import attention
+
+pytestmark = pytest.mark.vllm
+
+# Every token beyond sink and window is read back from packed pages.
+ATTENTION = {"r": "none"}
+SERVED = {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4"}
+
+
+def start(engine, model, attention=None, **arguments):
+    options = {"scalesearch": {"attention": {**ATTENTION, **(attention or {})}}}
+    return engine(model, additional_config=options, **{**SERVED, **arguments})
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What each layer of a single request was given and gave, by layer: lists of chunks (q, k, v, output)."""
+    from vllm_scalesearch.attention import ScaleSearchAttentionImpl
+
+    calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    impls = {}
+    forward = ScaleSearchAttentionImpl.forward
+
+    def record(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest, **named):
+        result = forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest, **named)
+        if attn_metadata is not None:
+            count = len(attn_metadata.slot_mapping)
+            tensors = tuple(x[:count].detach().clone() for x in (query, key, value, output))
+            calls.setdefault(self.layer_name, []).append(tensors)
+            impls[self.layer_name] = self
+        return result
+
+    monkeypatch.setattr(ScaleSearchAttentionImpl, "forward", record)
+    return calls, impls
+
+
+def generate(llm, prompts, tokens=4, **sampling):
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **sampling)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
+
+
+def random_prompt(length, seed=0, vocabulary=512):
+    return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_is_the_definition(calls, impls):
+    """A request's chunks together against attention over the whole of it, to the rounding of the output."""
+    assert calls
+    for layer, chunks in calls.items():
+        reference = impls[layer].reference
+        q, k, v = (torch.cat(parts) for parts in list(zip(*chunks, strict=True))[:3])
+        context = 0
+        for part in chunks:
+            end = context + len(part[0])
+            expected = attention(q[context:end], k[:end], v[:end], reference, torch.float32)
+            # Scores and outputs have the same operands to the bit, so what is left is the order of fp32
+            # sums and one rounding of the output; and, where Q or P is quantized, a value that falls to the
+            # other side of a rounding now and then.
+            eps = torch.finfo(part[3].dtype).eps
+            error = (part[3].float() - expected).norm() / expected.norm()
+            assert error < (2e-2 if reference.p is not None else eps), (layer, context, error)
+            context = end
+
+
+WHOLE = {"operands": "qkvp"}
+TOKENS = {"v_group": "tokens"}
+MISTRAL = ("Mistral", {"sliding_window": 40})
+GEMMA = (
+    "Gemma2",
+    {
+        "attn_logit_softcapping": 5.0,
+        "sliding_window": 48,
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "attention_options", "arguments"),
+    [
+        ("Llama", {"head_dim": 64}, {}, {}),
+        ("Llama", {"head_dim": 64}, TOKENS, {}),
+        ("Llama", {"head_dim": 64}, WHOLE, {}),
+        ("Llama", {"head_dim": 64}, {**WHOLE, **TOKENS, "two_level_p": False}, {"block_size": 32}),
+        ("Llama", {"head_dim": 64}, {"prefill": "full_precision"}, {"block_size": 16}),
+        ("Llama", {"head_dim": 64}, {**TOKENS, "prefill": "full_precision"}, {"block_size": 16}),
+        ("Llama", {"head_dim": 96}, {"sink": 40, "recent": 1}, {"block_size": 128}),
+        ("Llama", {"head_dim": 128, "num_key_value_heads": 1}, {"recent": 50}, {"block_size": 48}),
+        ("Llama", {"head_dim": 256}, {"k": "absmax", "v": "fast", "hadamard": False}, {"dtype": "float16"}),
+        (*MISTRAL, {}, {"block_size": 16}),
+        (*MISTRAL, {**TOKENS, "sink": 0}, {}),
+        (*GEMMA, {}, {}),
+    ],
+)
+@pytest.mark.parametrize("chunk", [20, 256])
+def test_layers_compute_the_definition(
+    engine, tiny, recorded, architecture, config, attention_options, arguments, chunk
+):
+    config = {"head_dim": 64, **config}
+    llm = start(engine, tiny(architecture, **config), attention_options, max_num_batched_tokens=chunk,
+                enable_prefix_caching=False, **arguments)  # fmt: skip
+    generate(llm, [random_prompt(150)], tokens=20)
+    assert_is_the_definition(*recorded)
+
+
+def test_short_requests_and_full_precision_everywhere(engine, tiny, recorded):
+    calls, impls = recorded
+    llm = start(engine, tiny("Llama", head_dim=64), {"sink": 200})
+    generate(llm, [random_prompt(3)], tokens=30)
+    assert_is_the_definition(calls, impls)
+    for layer, chunks in calls.items():
+        q, k, v, output = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        plain = dataclasses.replace(impls[layer].reference, k=None, v=None)
+        expected = attention(q, k, v, plain, torch.float32)
+        assert (output.float() - expected).norm() / expected.norm() < torch.finfo(output.dtype).eps
+
+
+@pytest.mark.parametrize("attention_options", [{}, TOKENS], ids=["head_dim", "tokens"])
+def test_text_does_not_depend_on_what_runs_beside_it(engine, smollm2, attention_options, monkeypatch):
+    """Alone, batched, in small chunks, after preemption and after prefix hits: the same tokens."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, cached = [], []
+    preempt = Scheduler._preempt_request
+    monkeypatch.setattr(
+        Scheduler, "_preempt_request", lambda self, *a, **kw: (preempted.append(1), preempt(self, *a, **kw))[1]
+    )
+    shared = random_prompt(150, 9, 40000)
+    prompts = [shared + random_prompt(20 + 7 * i, i, 40000) for i in range(4)]
+    plain = dict(max_model_len=256, skip_tokenizer_init=True, enable_prefix_caching=False)
+    llm = start(engine, smollm2, attention_options, **plain)
+    alone = [generate(llm, [prompt], 40)[0] for prompt in prompts]
+    assert generate(llm, prompts, 40) == alone
+    llm = start(engine, smollm2, attention_options, max_num_batched_tokens=32, max_num_seqs=4, **plain)
+    assert generate(llm, prompts, 40) == alone
+    # Room for two of the requests until they need another block.
+    llm = start(engine, smollm2, attention_options, num_gpu_blocks_override=16,
+                max_num_batched_tokens=64, max_num_seqs=4, **plain)  # fmt: skip
+    assert generate(llm, prompts, 40) == alone
+    assert preempted
+    llm = start(engine, smollm2, attention_options, **{**plain, "enable_prefix_caching": True})
+    generate(llm, [shared + random_prompt(5, 77, 40000)], 1)
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, detokenize=False)
+    for prompt, expected in zip(prompts, alone, strict=True):
+        (out,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        cached.append(out.num_cached_tokens)
+        assert list(out.outputs[0].token_ids) == expected
+    assert min(cached) >= 128
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kv_cache_dtype": "auto"}, "needs --kv-cache-dtype nvfp4"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers must be empty"),
+        ({"block_size": 144}, "block_size 144 is not a multiple of 16 up to 128"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_reason(engine, tiny, change, reason):
+    with pytest.raises(ValueError, match=reason):
+        start(engine, tiny("Llama", head_dim=64), **change)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "reason"),
+    [
+        ("Llama", {"head_dim": 32}, "head_size 32 is not among"),
+        ("Bloom", {"num_attention_heads": 2}, "ALiBi is not supported"),
+    ],
+)
+def test_models_that_cannot_run_are_refused_with_a_reason(engine, tiny, architecture, config, reason):
+    with pytest.raises((ValueError, NotImplementedError), match=reason):
+        start(engine, tiny(architecture, **config))
+
+
+def test_other_backends_are_left_alone(engine, tiny):
+    """Without the option, and with another backend, the CPU platform is vLLM's own."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.cpu import CpuPlatform
+
+    assert isinstance(current_platform, CpuPlatform)
+    model = tiny("Llama", head_dim=64)
+    prompt = random_prompt(40)
+    usual = generate(engine(model), [prompt])
+    assert generate(engine(model, attention_backend="CPU_ATTN"), [prompt]) == usual
+    layers = engine(model).apply_model(_backends)[0]
+    assert layers == ["CPU_ATTN", "CPU_ATTN"]
+
+
+def _backends(model):
+    return [m.attn_backend.get_name() for m in model.modules() if hasattr(m, "attn_backend")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sinks": 4}, "unknown option 'sinks'"),
+        ({"recent": 0}, "'recent' is a count of tokens, 1 or more"),
+        ({"k": "fastest"}, "'k'"),
+        ({"operands": "kvp"}, "'operands' is one of kv, qkvp"),
+        ({"v_scale": 0.1}, "'v_scale' is a power of two"),
+    ],
+)
+def test_wrong_options_are_errors(engine, tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        start(engine, tiny("Llama", head_dim=64), options)
+
+
+def test_with_quantized_weights(engine, tiny, recorded):
+    """Both halves of the plugin in one engine."""
+    llm = start(engine, tiny("Llama", head_dim=64), quantization="scalesearch", max_num_batched_tokens=32)
+    generate(llm, [random_prompt(100)], tokens=4)
+    assert_is_the_definition(*recorded)

@@ -1,0 +1,578 @@
+"""Attention over the paged cache in Triton: attention_reference.py's arithmetic, with 16-bit products.
+
+A program has a block of rows, which are the query heads of one KV head for some tokens of one request, and
+walks over the request's keys in tiles, with an online softmax. The tiles of a row block, ascending, are
+
+* general ones: around the sink, around the boundary of what is stored, and at a sliding window's start.
+  What of them is stored comes from the packed pages, the rest from the 16-bit ones, under masks;
+* between these, tiles that every row sees as stored, to the last token: packed pages only, no masks.
+
+Stored keys and values are decoded in registers to 16 bits, ``E2M1 * E4M3 * 2**-8``, which is exact in bf16 and
+fp16. V's tensor scale and that power of two are applied to the sum at the end. What P loses on the way to a
+16-bit operand is the only rounding that the definition does not have, and a quantized P loses nothing.
+
+Where there are few programs, several share the keys of a row block, and a second kernel merges what they
+found. A quantized P depends on the running maximum from the first tile on, so then nothing is shared.
+
+Grids follow from shapes alone and nothing waits for the device, so all of it can be captured in a CUDA graph.
+"""
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
+from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.ops import triton_quantize
+from vllm_scalesearch.ops.triton_kv_write import (
+    _as_blocks,
+    _as_rows,
+    _block_values,
+    _request_of_block,
+    _rule_constants,
+    check_cache,
+    check_queries,
+)
+from vllm_scalesearch.ops.triton_quantize import (
+    _decode_e4m3,
+    _finite_magnitude_bits,
+    _from_bits,
+    _narrow,
+    _narrow_exact,
+    _tensor_scale_of_bits,
+    _widen,
+    _winners,
+)
+
+if TYPE_CHECKING:
+    from vllm_scalesearch.ops.paged_attention import Step
+
+# The interpreter multiplies bf16 as integers, and does not round to it.
+_EMULATED = tl.constexpr(triton_quantize._INTERPRETED)
+# A stored value is its operand times this; so far below it, no product on the way leaves fp32.
+_STORED_UNIT = tl.constexpr(256.0)
+_LOG2_E = math.log2(math.e)
+
+# Row blocks' programs of a multiprocessor that are enough not to share keys, and the fewest tiles that are
+# worth a program of their own.
+_PROGRAMS_PER_PROCESSOR, _LEAST_TILES, _MAX_SEGMENTS = 4, 2, 64
+_LARGE_ROWS = 64  # From so many rows on, a program is large: half as many are enough.
+
+
+# --- operands ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b):
+    """(M, K) times (K, N), 16 bits each: fp32."""
+    if _EMULATED:
+        return tl.dot(_widen(a), _widen(b), input_precision="ieee")
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """fp32 rounded to nearest even in DTYPE."""
+    if _EMULATED:
+        return _narrow(x, DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def _operand_scale(code):
+    """What E2M1 bits in the place of fp32's lead to, under E4M3 codes: 2**126 of the code's value, / 256."""
+    scale = _decode_e4m3(code) * 3.323069989690122e35  # 2**118
+    return tl.where(code == 0x7F, float("nan"), scale)
+
+
+@triton.jit
+def _value(word, scale, INDEX: tl.constexpr, DTYPE: tl.constexpr):
+    """Element INDEX of the eight in each word, times its scale."""
+    # Exponent and mantissa, at fp32's: the element times 2**-126, denormal for 0.5.
+    LEFT: tl.constexpr = 22 - 4 * INDEX
+    bits = (word << LEFT) if LEFT >= 0 else (word >> (-LEFT))
+    magnitude = bits & 0x01C00000
+    sign = (word << (28 - 4 * INDEX)) & -0x80000000
+    return _narrow_exact(_from_bits(magnitude | sign) * scale, DTYPE)
+
+
+@triton.jit
+def _decoded(word, code, ROWS: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """Words of eight E2M1 codes (ROWS, WIDE // 8) under scale codes of that shape: (ROWS, WIDE) in DTYPE."""
+    scale = _operand_scale(code)
+    # Joined so that the last bit of an element's index comes last; a thread has all eight.
+    even = tl.join(
+        tl.join(_value(word, scale, 0, DTYPE), _value(word, scale, 4, DTYPE)),
+        tl.join(_value(word, scale, 2, DTYPE), _value(word, scale, 6, DTYPE)),
+    )
+    odd = tl.join(
+        tl.join(_value(word, scale, 1, DTYPE), _value(word, scale, 5, DTYPE)),
+        tl.join(_value(word, scale, 3, DTYPE), _value(word, scale, 7, DTYPE)),
+    )
+    return tl.reshape(tl.join(even, odd), (ROWS, WIDE))
+
+
+@triton.jit
+def _stored_rows(
+    codes_ptr, scales_ptr, table_ptr, token, keep, page_words, D: tl.constexpr, WIDE: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Stored tokens whose blocks lie along head_dim: (TILE, WIDE), 0 where not kept."""
+    word = tl.arange(0, WIDE // 8)
+    mask = (word < D // 8)[None, :]
+    if MASKED:
+        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
+        mask &= keep[:, None]
+    else:
+        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
+    codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + word[None, :]
+    scales = scales_ptr + (page * 4 + token % PAGE * (D // 16))[:, None] + (word // 2)[None, :]
+    if MASKED or D != WIDE:
+        codes = tl.load(codes, mask=mask, other=0)
+        scales = tl.load(scales, mask=mask, other=0)
+    else:
+        codes = tl.load(codes)
+        scales = tl.load(scales)
+    return _decoded(codes, scales.to(tl.int32), TILE, WIDE, DTYPE)
+
+
+@triton.jit
+def _stored_columns(
+    codes_ptr, scales_ptr, table_ptr, start, low, high, page_words, D: tl.constexpr, WIDE: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """TILE stored values from token `start`, whose blocks lie along tokens: (TILE, WIDE).
+
+    Those of eight tokens of which none is in [low, high) are 0.
+    """
+    channel = tl.arange(0, WIDE)
+    token = start + tl.arange(0, TILE // 8) * 8
+    mask = (channel < D)[:, None]
+    if MASKED:
+        keep = (token + 8 > low) & (token < high)
+        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64)
+        mask &= keep[None, :]
+    else:
+        page = tl.load(table_ptr + token // PAGE).to(tl.int64)
+    column = (token % PAGE // 16 * D)[None, :] + channel[:, None]
+    codes = codes_ptr + (page * page_words)[None, :] + column * 2 + (token // 8 % 2)[None, :]
+    scales = scales_ptr + (page * page_words * 4)[None, :] + column
+    if MASKED or D != WIDE:
+        codes = tl.load(codes, mask=mask, other=0)
+        scales = tl.load(scales, mask=mask, other=0)
+    else:
+        codes = tl.load(codes)
+        scales = tl.load(scales)
+    return tl.trans(_decoded(codes, scales.to(tl.int32), WIDE, TILE, DTYPE))
+
+
+@triton.jit
+def _stored_tile(
+    codes_ptr, scales_ptr, table_ptr, start, low, high, page_words, K_SCALES: tl.constexpr,
+    V_CODES: tl.constexpr, V_SCALES: tl.constexpr, V_ALONG_TOKENS: tl.constexpr, D: tl.constexpr,
+    WIDE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Stored keys and values of a tile from token `start`, twice (TILE, WIDE).
+
+    MASKED: only those in [low, high) lie there; the others are 0 or, with V along tokens, may be finite.
+    """
+    token = start + tl.arange(0, TILE)
+    keep = (token >= low) & (token < high)
+    k = _stored_rows(
+        codes_ptr, scales_ptr + K_SCALES, table_ptr, token, keep, page_words, D, WIDE, PAGE, TILE, MASKED, DTYPE
+    )
+    codes_ptr += V_CODES // 4
+    scales_ptr += V_SCALES
+    if V_ALONG_TOKENS:
+        v = _stored_columns(
+            codes_ptr, scales_ptr, table_ptr, start, low, high, page_words, D, WIDE, PAGE, TILE, MASKED, DTYPE
+        )
+    else:
+        v = _stored_rows(
+            codes_ptr, scales_ptr, table_ptr, token, keep, page_words, D, WIDE, PAGE, TILE, MASKED, DTYPE
+        )
+    return k, v
+
+
+@triton.jit
+def _full_rows(
+    full_ptr, table_ptr, token, keep, full_stride, D: tl.constexpr, WIDE: tl.constexpr, FULL_PAGE: tl.constexpr
+):
+    """Keys, or values, of 16-bit pages: (TILE, WIDE), 0 where not kept."""
+    column = tl.arange(0, WIDE)
+    page = tl.load(table_ptr + token // FULL_PAGE, mask=keep, other=0).to(tl.int64) * full_stride
+    at = (page + token % FULL_PAGE * (2 * D))[:, None] + column[None, :]
+    return tl.load(full_ptr + at, mask=keep[:, None] & (column < D)[None, :], other=0.0)
+
+
+# --- steps of the softmax ------------------------------------------------------------------------
+
+
+@triton.jit
+def _scaled(scores, scale, cap, SOFT_CAP: tl.constexpr):
+    """Scores in units of log(2): times `scale`, or cap * tanh of half of that."""
+    if SOFT_CAP:
+        return cap * (1.0 - 2.0 / (tl.exp2(scores * scale) + 1.0))
+    else:
+        return scores * scale
+
+
+@triton.jit
+def _softmax_step(scores, maximum, total, output):
+    """P of a tile's scores, and the row's maximum, total and output brought up to it."""
+    new = tl.maximum(maximum, tl.max(scores, 1))
+    # A row that has seen nothing yet has no maximum.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(scores - base[:, None])
+    decay = tl.exp2(maximum - base)
+    return p, new, total * decay + tl.sum(p, 1), output * decay[:, None]
+
+
+@triton.jit
+def _quantized_p(
+    p, ROWS: tl.constexpr, TILE: tl.constexpr, TWO_LEVELS: tl.constexpr, RULE: tl.constexpr,
+    OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr,
+):  # fmt: skip
+    """A tile of P as NVFP4: values (ROWS, TILE) fp32, exact in 16 bits, and what rows of them are times."""
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if TWO_LEVELS:
+        scale = _tensor_scale_of_bits(tl.max(_finite_magnitude_bits(p), 1))
+        p = p * tl.div_rn(1.0, scale)[:, None]
+    BLOCKS: tl.constexpr = ROWS * TILE // 16
+    blocks = _as_blocks(p, BLOCKS)
+    y, _, best, finite = _winners(blocks, 1.0, False, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
+    return _as_rows(_block_values(y, best, finite, HW_E2M1), ROWS, TILE), scale
+
+
+@triton.jit
+def _plus_stored(
+    output, p, v, ROWS: tl.constexpr, TILE: tl.constexpr, TWO_LEVELS: tl.constexpr, P_RULE: tl.constexpr,
+    P_OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`output` plus P times stored values v (TILE, WIDE)."""
+    if P_RULE is None:
+        return output + _dot(_rounded(p, DTYPE), v)
+    else:
+        quantized, scale = _quantized_p(p, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1)
+        return output + _dot(_narrow_exact(quantized, DTYPE), v) * scale[:, None]
+
+
+@triton.jit
+def _boundary(position, context, RECENT: tl.constexpr, ROUNDED: tl.constexpr, OWN_CHUNK: tl.constexpr):
+    """`AttentionOptions.boundary`."""
+    boundary = tl.maximum(position + 1 - RECENT, 0)
+    if ROUNDED:
+        boundary = boundary // 16 * 16
+    if OWN_CHUNK:
+        boundary = tl.minimum(boundary, context)
+    return boundary
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["requests", "table_stride", "full_table_stride"])
+def _attention_kernel(
+    q_ptr, q_stored_ptr, pages_ptr, full_ptr, output_ptr, partial_ptr, maximum_ptr, total_ptr,
+    query_start_loc_ptr, seq_lens_ptr, block_table_ptr, full_block_table_ptr,
+    requests, table_stride, full_table_stride, score_scale, cap, unit,
+    q_stride, q_head_stride, q_stored_stride, q_stored_head_stride, output_stride, output_head_stride,
+    page_words, head_words, full_stride, full_head_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr, FULL_PAGE: tl.constexpr, K_SCALES: tl.constexpr,
+    V_CODES: tl.constexpr, V_SCALES: tl.constexpr, V_ALONG_TOKENS: tl.constexpr, SINK: tl.constexpr,
+    RECENT: tl.constexpr, WINDOW: tl.constexpr, OWN_CHUNK: tl.constexpr, SOFT_CAP: tl.constexpr,
+    Q_QUANTIZED: tl.constexpr, P_RULE: tl.constexpr, P_OFFSETS: tl.constexpr, TWO_LEVELS: tl.constexpr,
+    SHARED: tl.constexpr, LEAST_TILES: tl.constexpr, HW_E2M1: tl.constexpr,
+):  # fmt: skip
+    """Program (i, head, segment): QUERIES queries of a request and KV head, over one segment of its keys.
+
+    ROWS >= QUERIES * GROUP. WIDE: D rounded up to a power of two. WINDOW: 0 for none. unit: what the output
+    is summed up in units of. SHARED: keys are in several segments, and what is found of each goes to partial
+    (T, Hq, segments, D), maximum and total (T, Hq, segments), fp32.
+    """
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    request = _request_of_block(query_start_loc_ptr, tl.program_id(0), requests, QUERIES)
+    start = tl.load(query_start_loc_ptr + request)
+    queries = tl.load(query_start_loc_ptr + request + 1) - start
+    first_query = (tl.program_id(0) - (start // QUERIES + request)) * QUERIES
+    if first_query >= queries:
+        return
+    length = tl.load(seq_lens_ptr + request)
+    context = length - queries
+    head = tl.program_id(1).to(tl.int64)
+
+    row = tl.arange(0, ROWS)
+    query = first_query + row // GROUP
+    valid = (row < QUERIES * GROUP) & (query < queries)
+    first_position = context + first_query
+    last_position = tl.minimum(first_position + QUERIES, length) - 1
+    position = tl.minimum(context + query, last_position)
+    boundary = _boundary(position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
+    first_boundary = _boundary(first_position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
+    last_boundary = _boundary(last_position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
+    # Tokens in [low, last_position] are seen by some row, those from `seen_by_all` on by each that is not
+    # before them.
+    low = 0
+    seen_by_all = 0
+    if WINDOW > 0:
+        low = tl.maximum(first_position + 1 - WINDOW, 0)
+        seen_by_all = tl.maximum(last_position + 1 - WINDOW, 0)
+
+    first = low // TILE
+    last = tl.cdiv(last_position + 1, TILE)
+    segments = tl.num_programs(2)
+    segment = tl.program_id(2)
+    if SHARED:
+        each = tl.maximum(tl.cdiv(last - first, segments), LEAST_TILES)
+        first += segment * each
+        last = tl.minimum(last, first + each)
+    token_row = (start + query).to(tl.int64)
+    query_head = head * GROUP + row % GROUP
+    if SHARED:
+        at = (token_row * (tl.num_programs(1) * GROUP) + query_head) * segments + segment
+        if first >= last:
+            tl.store(maximum_ptr + at, tl.full((ROWS,), float("-inf"), tl.float32), mask=valid)
+            return
+    # Tiles in [pure_first, pure_last) are stored for all rows, to the last token.
+    pure_first = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(seen_by_all, SINK), TILE), first), last)
+    pure_last = tl.minimum(tl.maximum(first_boundary // TILE, pure_first), last)
+
+    column = tl.arange(0, WIDE)
+    mask = valid[:, None] & (column < D)[None, :]
+    q = tl.load(
+        q_ptr + (token_row * q_stride + query_head * q_head_stride)[:, None] + column[None, :],
+        mask=mask, other=0.0,
+    )  # fmt: skip
+    if Q_QUANTIZED:
+        at_q = token_row * q_stored_stride + query_head * q_stored_head_stride
+        q_stored = tl.load(q_stored_ptr + at_q[:, None] + column[None, :], mask=mask, other=0.0)
+    else:
+        q_stored = q
+
+    table_ptr = block_table_ptr + request.to(tl.int64) * table_stride
+    full_table_ptr = full_block_table_ptr + request.to(tl.int64) * full_table_stride
+    full_ptr += head * full_head_stride
+    codes_ptr = pages_ptr.to(tl.pointer_type(tl.int32)) + head * head_words
+    scales_ptr = pages_ptr + head * head_words * 4
+
+    maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    output = tl.zeros((ROWS, WIDE), tl.float32)
+    stored_scale = score_scale * _STORED_UNIT
+    inside = tl.arange(0, TILE)
+    for phase in range(2):
+        # General tiles before the pure ones, the pure ones, and general tiles after them.
+        begin = tl.where(phase == 0, first, pure_last)
+        middle = tl.where(phase == 0, pure_first, last)
+        end = tl.where(phase == 0, pure_last, last)
+        for tile in range(begin, middle):
+            token = tile * TILE + inside
+            bottom = tl.maximum(tile * TILE, low)
+            top = tl.minimum(tile * TILE + TILE, last_position + 1)
+            stored_bottom = tl.maximum(bottom, SINK)
+            stored_top = tl.minimum(top, last_boundary)
+            visible = token[None, :] <= position[:, None]
+            if WINDOW > 0:
+                visible &= token[None, :] > position[:, None] - WINDOW
+            stored = (token >= SINK)[None, :] & (token[None, :] < boundary[:, None])
+            # First the tokens in full precision, so that P of the stored ones, which may be quantized, is
+            # relative to the maximum of the whole tile.
+            if (bottom < tl.minimum(top, SINK)) | (tl.maximum(bottom, first_boundary) < top):
+                keep = (token >= bottom) & (token < top) & ((token < SINK) | (token >= first_boundary))
+                k = _full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+                scores = _scaled(_dot(q, tl.trans(k)), score_scale, cap, SOFT_CAP)
+                scores = tl.where(stored | (visible == 0), float("-inf"), scores)
+                p, maximum, total, output = _softmax_step(scores, maximum, total, output)
+                v = _full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+                output += _dot(_rounded(p, DTYPE), v) * (1.0 / unit)
+            if stored_bottom < stored_top:
+                k, v = _stored_tile(
+                    codes_ptr, scales_ptr, table_ptr, tile * TILE, stored_bottom, stored_top, page_words, K_SCALES,
+                    V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, True, DTYPE,
+                )  # fmt: skip
+                scores = _scaled(_dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
+                scores = tl.where(stored & visible, scores, float("-inf"))
+                p, maximum, total, output = _softmax_step(scores, maximum, total, output)
+                output = _plus_stored(
+                    output, p, v, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1, DTYPE
+                )  # fmt: skip
+        for tile in range(middle, end):
+            k, v = _stored_tile(
+                codes_ptr, scales_ptr, table_ptr, tile * TILE, 0, 0, page_words, K_SCALES,
+                V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, False, DTYPE,
+            )  # fmt: skip
+            scores = _scaled(_dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
+            p, maximum, total, output = _softmax_step(scores, maximum, total, output)
+            output = _plus_stored(
+                output, p, v, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1, DTYPE
+            )  # fmt: skip
+
+    if SHARED:
+        tl.store(maximum_ptr + at, maximum, mask=valid)
+        tl.store(total_ptr + at, total, mask=valid)
+        tl.store(partial_ptr + at[:, None] * D + column[None, :], output, mask=mask)
+    else:
+        output *= (unit / total)[:, None]
+        out = token_row * output_stride + query_head * output_head_stride
+        tl.store(output_ptr + out[:, None] + column[None, :], _narrow(output, DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["requests"])
+def _merge_kernel(
+    partial_ptr, maximum_ptr, total_ptr, output_ptr, query_start_loc_ptr, requests, unit,
+    output_stride, output_head_stride,
+    D: tl.constexpr, WIDE: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, query head) merges what the segments' programs found."""
+    token = tl.program_id(0).to(tl.int64)
+    if token >= tl.load(query_start_loc_ptr + requests):
+        return
+    head = tl.program_id(1)
+    at = (token * tl.num_programs(1) + head) * SEGMENTS + tl.arange(0, SEGMENTS)
+    maximum = tl.load(maximum_ptr + at)
+    some = maximum > float("-inf")
+    weight = tl.exp2(maximum - tl.max(maximum, 0))
+    total = tl.sum(tl.load(total_ptr + at, mask=some, other=0.0) * weight, 0)
+    column = tl.arange(0, WIDE)
+    mask = some[:, None] & (column < D)[None, :]
+    partial = tl.load(partial_ptr + at[:, None] * D + column[None, :], mask=mask, other=0.0)
+    output = tl.sum(partial * weight[:, None], 0) * (unit / total)
+    out = token * output_stride + head.to(tl.int64) * output_head_stride
+    DTYPE: tl.constexpr = output_ptr.dtype.element_ty
+    tl.store(output_ptr + out + column, _narrow(output, DTYPE), mask=column < D)
+
+
+# --- launching -----------------------------------------------------------------------------------
+
+
+def attention(
+    q: torch.Tensor,
+    q_stored: torch.Tensor,
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: "Step",
+    options: AttentionOptions,
+    output: torch.Tensor,
+) -> None:
+    """Attention of a step's transformed queries to the cache, into `output`.
+
+    q, q_stored: (T, Hq, D) bf16 or fp16, of `transform_query`; T may exceed the step's tokens. pages, full:
+    as `triton_kv_write.transform_and_write` has them, full in q's dtype. output: (T, Hq, D) in q's dtype,
+    the last dimension contiguous; rows past the step's tokens are left alone.
+    Raises ValueError for other shapes, dtypes, strides, devices and options, `options.kv_tile` among them,
+    which must be a power of two.
+    """
+    check_cache(pages, full, layout, options)
+    check_queries(q)
+    check_queries(q_stored)
+    heads, dim = pages.shape[1], layout.head_size
+    if q.shape[2] != dim or q.shape[1] % heads or not q.dtype == q_stored.dtype == full.dtype == output.dtype:
+        raise ValueError(
+            f"attention: queries {tuple(q.shape)} {q.dtype} and {q_stored.dtype}, output {output.dtype}, do "
+            f"not fit pages of {heads} heads of {dim} in {full.dtype}"
+        )
+    if q_stored.shape != q.shape or output.shape != q.shape or output.stride(2) != 1:
+        raise ValueError(
+            f"attention: expected q_stored and output like q {tuple(q.shape)}, got {tuple(q_stored.shape)} and "
+            f"{tuple(output.shape)} with strides {output.stride()}"
+        )
+    tokens, query_heads, requests = len(q), q.shape[1], len(step.seq_lens)
+    if not tokens or not requests:
+        return
+    constants, warps = attention_constants(
+        layout, full.shape[2], options, query_heads // heads, step.max_query_len,
+        triton_quantize._has_e2m1(q.device),
+    )  # fmt: skip
+    blocks = tokens // constants["QUERIES"] + requests
+    table_tiles = triton.cdiv(step.block_table.shape[1] * layout.block_size, constants["TILE"])
+    segments = 1
+    if options.p is None:
+        segments = _segments(blocks * heads, constants["ROWS"], table_tiles, _multiprocessors(q.device))
+    constants["SHARED"] = segments > 1
+    partial = maximum = total = None
+    if segments > 1:
+        shape = (tokens, query_heads, segments)
+        maximum, total, partial = (
+            torch.empty(s, dtype=torch.float32, device=q.device) for s in (shape, shape, (*shape, dim))
+        )
+    score_scale = dim**-0.5 if options.softmax_scale is None else options.softmax_scale
+    score_scale *= _LOG2_E
+    cap = 0.0
+    if options.logits_soft_cap is not None:
+        # tanh(x) is 1 - 2 / (exp(2 x) + 1).
+        score_scale *= 2 / options.logits_soft_cap
+        cap = options.logits_soft_cap * _LOG2_E
+    unit = options.v_scale * _STORED_UNIT.value
+    _attention_kernel[(blocks, heads, segments)](
+        q, q_stored, pages, full, output, partial, maximum, total,
+        step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
+        requests, step.block_table.stride(0), step.full_block_table.stride(0), score_scale, cap, unit,
+        q.stride(0), q.stride(1), q_stored.stride(0), q_stored.stride(1), output.stride(0), output.stride(1),
+        pages.stride(0) // 4, pages.stride(1) // 4, full.stride(0), full.stride(1),
+        **constants, num_warps=warps, enable_fp_fusion=options.p is None,
+    )  # fmt: skip
+    if segments > 1:
+        _merge_kernel[(tokens, query_heads)](
+            partial, maximum, total, output, step.query_start_loc, requests, unit,
+            output.stride(0), output.stride(1),
+            D=dim, WIDE=constants["WIDE"], SEGMENTS=segments, num_warps=4,
+        )  # fmt: skip
+
+
+def attention_constants(
+    layout: PageLayout, full_page: int, options: AttentionOptions, group: int, max_query_len: int, hw_e2m1: bool
+) -> tuple[dict, int]:
+    """How `_attention_kernel` is compiled, but for SHARED, and its warps."""
+    if options.kv_tile & (options.kv_tile - 1):
+        raise ValueError(f"the attention kernel takes tiles of a power of two, not kv_tile={options.kv_tile}")
+    wide = triton.next_power_of_2(layout.head_size)
+    most = 128 if wide <= 128 else 64
+    rows = min(triton.next_power_of_2(group * max_query_len), most)
+    rows = max(rows, triton.next_power_of_2(group), BLOCK)
+    _, k_scales, v_codes, v_scales = layout.offsets
+    constants = dict(
+        GROUP=group,
+        D=layout.head_size,
+        WIDE=wide,
+        ROWS=rows,
+        QUERIES=rows // group,
+        TILE=options.kv_tile,
+        PAGE=layout.block_size,
+        FULL_PAGE=full_page,
+        K_SCALES=k_scales,
+        V_CODES=v_codes,
+        V_SCALES=v_scales,
+        V_ALONG_TOKENS=layout.v_group == "tokens",
+        SINK=options.sink,
+        RECENT=options.recent,
+        WINDOW=options.sliding_window or 0,
+        OWN_CHUNK=options.own_chunk,
+        SOFT_CAP=options.logits_soft_cap is not None,
+        Q_QUANTIZED=options.q is not None,
+        **(dict(P_RULE=None, P_OFFSETS=()) if options.p is None else _rule_constants("P_", options.p)),
+        TWO_LEVELS=options.two_level_p,
+        LEAST_TILES=_LEAST_TILES,
+        HW_E2M1=hw_e2m1,
+    )
+    return constants, 8 if rows * wide >= 128 * 128 or wide > 128 else 4
+
+
+def _segments(programs: int, rows: int, tiles: int, multiprocessors: int) -> int:
+    """Into how many segments the keys of a row block are split: a power of two."""
+    enough = multiprocessors * _PROGRAMS_PER_PROCESSOR // (2 if rows >= _LARGE_ROWS else 1)
+    segments = min(enough // programs, triton.cdiv(tiles, _LEAST_TILES), _MAX_SEGMENTS)
+    return 1 if segments < 2 else 1 << (segments.bit_length() - 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # The interpreter, on the CPU, is for tests of what a GPU does.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
