@@ -127,8 +127,13 @@ def test_short_requests_and_full_precision_everywhere(engine, tiny, recorded):
         assert (output.float() - expected).norm() / expected.norm() < torch.finfo(output.dtype).eps
 
 
-@pytest.mark.parametrize("attention_options", [{}, TOKENS], ids=["head_dim", "tokens"])
-def test_text_does_not_depend_on_what_runs_beside_it(engine, smollm2, attention_options, monkeypatch):
+# few_blocks: room for two of the requests until they need another block.
+@pytest.mark.parametrize(
+    ("attention_options", "few_blocks"), [({}, 16), (TOKENS, 18)], ids=["head_dim", "tokens"]
+)
+def test_text_does_not_depend_on_what_runs_beside_it(
+    engine, smollm2, attention_options, few_blocks, monkeypatch
+):
     """Alone, batched, in small chunks, after preemption and after prefix hits: the same tokens."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -145,8 +150,7 @@ def test_text_does_not_depend_on_what_runs_beside_it(engine, smollm2, attention_
     assert generate(llm, prompts, 40) == alone
     llm = start(engine, smollm2, attention_options, max_num_batched_tokens=32, max_num_seqs=4, **plain)
     assert generate(llm, prompts, 40) == alone
-    # Room for two of the requests until they need another block.
-    llm = start(engine, smollm2, attention_options, num_gpu_blocks_override=16,
+    llm = start(engine, smollm2, attention_options, num_gpu_blocks_override=few_blocks,
                 max_num_batched_tokens=64, max_num_seqs=4, **plain)  # fmt: skip
     assert generate(llm, prompts, 40) == alone
     assert preempted

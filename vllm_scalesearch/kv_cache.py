@@ -24,6 +24,8 @@ from vllm_scalesearch.vllm_api import (
     SlidingWindowManager,
     SlidingWindowSpec,
     VllmConfig,
+    get_current_vllm_config_or_none,
+    register_all_kvcache_specs,
     register_kv_cache_spec,
     resolve_block_hashes,
 )
@@ -139,6 +141,10 @@ class SinkWindowManager(SlidingWindowManager):
     def _skipped_sink_blocks(self, computed_tokens: int) -> int:
         """How many of the sink's blocks lie before the window of the next token."""
         return min(self.sink_blocks, self.get_num_skipped_tokens(computed_tokens) // self.block_size)
+
+
+# vLLM registers its own only where nothing is registered yet.
+register_all_kvcache_specs(get_current_vllm_config_or_none())
 
 
 @register_kv_cache_spec(manager_class=SinkWindowManager, uniform_type_base_spec=SlidingWindowSpec)

@@ -4,7 +4,7 @@ Importing this module imports vLLM; `formats`, `search`, `options` and `ops` nev
 """
 
 from vllm._custom_ops import cutlass_scaled_fp4_mm
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
@@ -96,7 +96,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager, register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
@@ -162,6 +162,7 @@ __all__ = [
     "fused_marlin_moe",
     "get_attention_context",
     "get_current_vllm_config",
+    "get_current_vllm_config_or_none",
     "get_forward_context",
     "get_pp_group",
     "get_tensor_model_parallel_rank",
@@ -181,6 +182,7 @@ __all__ = [
     "mxfp4_round_up_hidden_size_and_intermediate_size",
     "nvfp4_weight_padding_bytes",
     "pad_nvfp4_activation_for_cutlass",
+    "register_all_kvcache_specs",
     "register_kv_cache_spec",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",

@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 # fp32's sign, exponent and the first 10 bits of its mantissa: what TF32 keeps.
 _TF32 = tl.constexpr(-(1 << 13))
 
-# Tokens of a program: few for decoding, so that there are programs enough; more for prompts, since each
-# program reads a whole matrix.
-_FEW_TOKENS, _MANY_TOKENS = 16, 64
-_MANY = 1024
+# Values of a program: rows of 16 for decoding, so that there are programs enough; more for prompts, since
+# each program reads a whole matrix.
+_MANY_VALUES = 8192
+_MANY_ROWS = 1024
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def transform_and_write(
         pages, full, step.slots, step.full_slots, k, v, matrix, options.v_scale, tokens,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         page_words, head_words, full.stride(0), full.stride(1),
-        **constants, num_warps=4, enable_fp_fusion=False,
+        **constants, num_warps=warps(constants["TOKENS"] * constants["WIDE"]), enable_fp_fusion=False,
     )  # fmt: skip
     if layout.v_group == "tokens":
         requests = len(step.seq_lens)
@@ -309,7 +309,7 @@ def transform_and_write(
             pages, full, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
             options.v_scale, requests, step.block_table.stride(0), step.full_block_table.stride(0),
             page_words, head_words, full.stride(0), full.stride(1),
-            **constants, num_warps=4, enable_fp_fusion=False,
+            **constants, num_warps=warps(BLOCK * constants["WIDE"]), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -336,7 +336,7 @@ def transform_query(
         constants = query_constants(group, dim, options, len(q), triton_quantize._has_e2m1(q.device))
         _transform_query_kernel[(triton.cdiv(len(q) * group, constants["ROWS"]), heads)](
             q, matrix, transformed, None if options.q is None else stored, len(q), q.stride(0), q.stride(1),
-            **constants, num_warps=4, enable_fp_fusion=False,
+            **constants, num_warps=warps(constants["ROWS"] * constants["WIDE"]), enable_fp_fusion=False,
         )  # fmt: skip
     return transformed, stored
 
@@ -399,6 +399,16 @@ def _sizes(dim: int) -> dict:
     return dict(D=dim, WIDE=triton.next_power_of_2(dim), STEP=16 if dim > 128 else min(32, dim))
 
 
+def _rows(rows: int, dim: int) -> int:
+    """Rows of a program, of `rows` in all; all of it stays in registers."""
+    return _MANY_VALUES // max(128, triton.next_power_of_2(dim)) if rows > _MANY_ROWS else 16
+
+
+def warps(values: int) -> int:
+    """Warps of a program that quantizes so many values: at most two blocks of 16 a thread."""
+    return 8 if values > 2048 else 4
+
+
 def _rule_constants(prefix: str, policy: ScalePolicy | str | None) -> dict:
     rule, offsets = ("offsets", (0,)) if policy is None else triton_quantize._rule(NVFP4, policy)
     return {f"{prefix}RULE": rule, f"{prefix}OFFSETS": offsets}
@@ -419,7 +429,7 @@ def write_constants(
         V_ALONG_TOKENS=layout.v_group == "tokens",
         **_rule_constants("K_", options.k),
         **_rule_constants("V_", options.v),
-        TOKENS=_MANY_TOKENS if tokens > _MANY else _FEW_TOKENS,
+        TOKENS=_rows(tokens, layout.head_size),
         HW_E2M1=hw_e2m1,
     )
 
@@ -438,6 +448,6 @@ def query_constants(group: int, dim: int, options: AttentionOptions, tokens: int
         GROUP=group,
         **_sizes(dim),
         **_rule_constants("", options.q),
-        ROWS=_MANY_TOKENS if tokens * group > _MANY else _FEW_TOKENS,
+        ROWS=_rows(tokens * group, dim),
         HW_E2M1=hw_e2m1,
     )

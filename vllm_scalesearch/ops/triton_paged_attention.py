@@ -92,14 +92,13 @@ def _operand_scale(code):
 
 
 @triton.jit
-def _value(word, scale, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    """Element INDEX of the eight in each word, times its scale."""
+def _value(word, scale, INDEX: tl.constexpr):
+    """Element INDEX of the eight in each word, times its scale, fp32."""
     # Exponent and mantissa, at fp32's: the element times 2**-126, denormal for 0.5.
     LEFT: tl.constexpr = 22 - 4 * INDEX
     bits = (word << LEFT) if LEFT >= 0 else (word >> (-LEFT))
-    magnitude = bits & 0x01C00000
     sign = (word << (28 - 4 * INDEX)) & -0x80000000
-    return _narrow_exact(_from_bits(magnitude | sign) * scale, DTYPE)
+    return _from_bits((bits & 0x01C00000) | sign) * scale
 
 
 @triton.jit
@@ -108,14 +107,15 @@ def _decoded(word, code, ROWS: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.const
     scale = _operand_scale(code)
     # Joined so that the last bit of an element's index comes last; a thread has all eight.
     even = tl.join(
-        tl.join(_value(word, scale, 0, DTYPE), _value(word, scale, 4, DTYPE)),
-        tl.join(_value(word, scale, 2, DTYPE), _value(word, scale, 6, DTYPE)),
+        tl.join(_value(word, scale, 0), _value(word, scale, 4)),
+        tl.join(_value(word, scale, 2), _value(word, scale, 6)),
     )
     odd = tl.join(
-        tl.join(_value(word, scale, 1, DTYPE), _value(word, scale, 5, DTYPE)),
-        tl.join(_value(word, scale, 3, DTYPE), _value(word, scale, 7, DTYPE)),
+        tl.join(_value(word, scale, 1), _value(word, scale, 5)),
+        tl.join(_value(word, scale, 3), _value(word, scale, 7)),
     )
-    return tl.reshape(tl.join(even, odd), (ROWS, WIDE))
+    # Rounded last, since Triton 3.6 fails on a reshape right in front of an operand on Hopper.
+    return _narrow_exact(tl.reshape(tl.join(even, odd), (ROWS, WIDE)), DTYPE)
 
 
 @triton.jit
@@ -394,8 +394,8 @@ def _attention_kernel(
                 output += _dot(_rounded(p, DTYPE), v) * (1.0 / unit)
             if stored_bottom < stored_top:
                 k, v = _stored_tile(
-                    codes_ptr, scales_ptr, table_ptr, tile * TILE, stored_bottom, stored_top, page_words, K_SCALES,
-                    V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, True, DTYPE,
+                    codes_ptr, scales_ptr, table_ptr, tile * TILE, stored_bottom, stored_top, page_words,
+                    K_SCALES, V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, True, DTYPE,
                 )  # fmt: skip
                 scores = _scaled(_dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
                 scores = tl.where(stored & visible, scores, float("-inf"))
@@ -487,10 +487,9 @@ def attention(
     tokens, query_heads, requests = len(q), q.shape[1], len(step.seq_lens)
     if not tokens or not requests:
         return
-    constants, warps = attention_constants(
-        layout, full.shape[2], options, query_heads // heads, step.max_query_len,
-        triton_quantize._has_e2m1(q.device),
-    )  # fmt: skip
+    constants, launch = attention_constants(
+        layout, full.shape[2], options, query_heads // heads, step.max_query_len, _capability(q.device)
+    )
     blocks = tokens // constants["QUERIES"] + requests
     table_tiles = triton.cdiv(step.block_table.shape[1] * layout.block_size, constants["TILE"])
     segments = 1
@@ -517,7 +516,7 @@ def attention(
         requests, step.block_table.stride(0), step.full_block_table.stride(0), score_scale, cap, unit,
         q.stride(0), q.stride(1), q_stored.stride(0), q_stored.stride(1), output.stride(0), output.stride(1),
         pages.stride(0) // 4, pages.stride(1) // 4, full.stride(0), full.stride(1),
-        **constants, num_warps=warps, enable_fp_fusion=options.p is None,
+        **constants, **launch,
     )  # fmt: skip
     if segments > 1:
         _merge_kernel[(tokens, query_heads)](
@@ -528,13 +527,20 @@ def attention(
 
 
 def attention_constants(
-    layout: PageLayout, full_page: int, options: AttentionOptions, group: int, max_query_len: int, hw_e2m1: bool
-) -> tuple[dict, int]:
-    """How `_attention_kernel` is compiled, but for SHARED, and its warps."""
+    layout: PageLayout,
+    full_page: int,
+    options: AttentionOptions,
+    group: int,
+    max_query_len: int,
+    capability: tuple[int, int],
+) -> tuple[dict, dict]:
+    """How `_attention_kernel` is compiled but for SHARED, and its launch options."""
     if options.kv_tile & (options.kv_tile - 1):
         raise ValueError(f"the attention kernel takes tiles of a power of two, not kv_tile={options.kv_tile}")
     wide = triton.next_power_of_2(layout.head_size)
-    most = 128 if wide <= 128 else 64
+    # Hopper and data-center Blackwell have room for larger blocks: operands come from shared memory.
+    large = capability[0] in (9, 10)
+    most = 8192 // max(wide, 128) * (2 if large else 1)
     rows = min(triton.next_power_of_2(group * max_query_len), most)
     rows = max(rows, triton.next_power_of_2(group), BLOCK)
     _, k_scales, v_codes, v_scales = layout.offsets
@@ -560,9 +566,13 @@ def attention_constants(
         **(dict(P_RULE=None, P_OFFSETS=()) if options.p is None else _rule_constants("P_", options.p)),
         TWO_LEVELS=options.two_level_p,
         LEAST_TILES=_LEAST_TILES,
-        HW_E2M1=hw_e2m1,
+        HW_E2M1=capability[0] >= 10,
     )
-    return constants, 8 if rows * wide >= 128 * 128 or wide > 128 else 4
+    warps = 8 if wide > 128 or rows >= (128 if large else 64) else 4
+    # Elsewhere registers do not suffice to read ahead, nor does shared memory for heads of 256.
+    stages = 3 if large or (rows == BLOCK and wide <= 128) else 1
+    # The search's products must not be contracted (triton_quantize.py).
+    return constants, dict(num_warps=warps, num_stages=stages, enable_fp_fusion=options.p is None)
 
 
 def _segments(programs: int, rows: int, tiles: int, multiprocessors: int) -> int:
@@ -576,3 +586,8 @@ def _segments(programs: int, rows: int, tiles: int, multiprocessors: int) -> int
 def _multiprocessors(device: torch.device) -> int:
     # The interpreter, on the CPU, is for tests of what a GPU does.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

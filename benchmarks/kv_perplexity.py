@@ -1,0 +1,151 @@
+"""What a quantized KV cache costs in vLLM: perplexity and KL divergence with the cache really read back.
+
+    python benchmarks/kv_perplexity.py --text wikitext-2/test.txt [--windows 8] [--length 2048]
+
+A prompt that is prefilled in one piece attends to its own keys and values before they are in the cache, so
+each run prefills in chunks of a stated size (`max_num_batched_tokens`, one request at a time) and reads what
+was cached for all tokens before the chunk. A chunk of 1 is decoding, token by token, of the first window
+alone. Perplexity is compared with the bf16 cache token by token (mean difference and its standard error).
+The KL divergence from bf16 is over the 64 likeliest tokens that both runs return, with all other tokens as
+one, which is a lower bound of the whole.
+"""
+
+import argparse
+import gc
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from perplexity import add_text_options, load_windows
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+TOP = 64
+Scores = tuple[torch.Tensor, list[dict[int, float]]]
+
+
+def ours(**attention: Any) -> dict[str, Any]:
+    options = {"scalesearch": {"attention": attention}}
+    return {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4", "additional_config": options}
+
+
+# Each run: arguments of the engine, and the sizes of chunks.
+RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "bf16": ({}, (2048, 1)),
+    "fp8": ({"kv_cache_dtype": "fp8"}, (2048, 64, 16, 1)),
+    "int4_per_token_head": ({"kv_cache_dtype": "int4_per_token_head"}, (64, 16)),
+    "K and V (default)": (ours(), (2048, 256, 64, 16, 1)),
+    "K and V, own chunk in bf16": (ours(prefill="full_precision"), (2048, 64, 16)),
+    "K and V, no R": (ours(r="none"), (64,)),
+    "K and V, absmax": (ours(k="absmax", v="absmax"), (64,)),
+    "K and V, 64 newest": (ours(recent=64), (64,)),
+    "K and V, V's tensor scale 1": (ours(v_scale=1.0), (64,)),
+    "K and V, V along tokens": (ours(v_group="tokens"), (64, 16)),
+    "Q, K, V and P": (ours(operands="qkvp"), (64, 16)),
+    "Q, K, V and P, V along tokens": (ours(operands="qkvp", v_group="tokens"), (64, 16)),
+}
+
+
+def scores(model: Path, engine: dict[str, Any], chunk: int, windows: list[list[int]]) -> Scores:
+    """Loss of every token after a window's first, in nats, and the log probabilities of the likeliest there."""
+    from vllm import LLM, SamplingParams
+
+    if torch.cuda.is_available():
+        engine = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.2, **engine}
+    llm = LLM(
+        str(model),
+        enforce_eager=True,
+        max_model_len=len(windows[0]) + 1,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=1,
+        max_logprobs=TOP,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **engine,
+    )
+    params = SamplingParams(max_tokens=1, prompt_logprobs=TOP, detokenize=False)
+    losses, likeliest = [], []
+    for window in windows:
+        (output,) = llm.generate([{"prompt_token_ids": window}], params, use_tqdm=False)
+        for position, token in zip(output.prompt_logprobs[1:], window[1:], strict=True):
+            losses.append(-position[token].logprob)
+            likeliest.append({i: found.logprob for i, found in position.items() if found.rank <= TOP})
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.tensor(losses, dtype=torch.float64), likeliest
+
+
+def divergence(reference: list[dict[int, float]], found: list[dict[int, float]]) -> torch.Tensor:
+    """KL divergence of each token's distribution from the reference's, over what both know."""
+    result = []
+    for p, q in zip(reference, found, strict=True):
+        common = [(math.exp(p[i]), p[i], q[i]) for i in p if i in q]
+        total = sum(weight * (a - b) for weight, a, b in common)
+        p_rest = max(1 - sum(weight for weight, _, _ in common), 1e-9)
+        q_rest = max(1 - sum(math.exp(b) for _, _, b in common), 1e-9)
+        result.append(total + p_rest * math.log(p_rest / q_rest))
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_options(parser)
+    parser.set_defaults(length=2048)
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--chunks", nargs="+", type=int, help="only these sizes of chunks")
+    args = parser.parse_args()
+
+    model, windows = load_windows(args)
+    rows, results, references = [], [], {}
+    for label in dict.fromkeys(["bf16", *args.runs]):
+        engine, chunks = RUNS[label]
+        for chunk in chunks:
+            # Every chunk is compared with bf16's run of the same windows.
+            if args.chunks and chunk not in args.chunks and label != "bf16":
+                continue
+            alone = chunk == 1
+            text = windows[:1] if alone else windows
+            losses, likeliest = scores(model, engine, min(chunk, args.length), text)
+            if label == "bf16":
+                references[alone] = losses, likeliest
+            base, distribution = references[alone]
+            kl, difference = divergence(distribution, likeliest), losses - base
+            found = {
+                "cache": label,
+                "chunk": chunk,
+                "tokens": len(losses),
+                "perplexity": math.exp(losses.mean()),
+                "nats_over_bf16": difference.mean().item(),
+                "standard_error": (difference.std() / math.sqrt(len(difference))).item(),
+                "kl_nats": kl.mean().item(),
+                "kl_standard_error": (kl.std() / math.sqrt(len(kl))).item(),
+            }
+            results.append(found)
+            rows.append(
+                [
+                    label,
+                    chunk,
+                    found["tokens"],
+                    f"{found['perplexity']:.3f}",
+                    f"{math.expm1(found['nats_over_bf16']):+.2%} +- {found['standard_error']:.2%}",
+                    f"{1e3 * found['kl_nats']:.2f} +- {1e3 * found['kl_standard_error']:.2f}",
+                ]
+            )
+            print(*rows[-1], sep="  ", flush=True)
+            report.write(
+                "kv_perplexity",
+                {"model": model.name, "text": args.text.name, "length": args.length, "runs": results},
+            )
+    print()
+    report.table(["cache", "chunk", "tokens", "perplexity", "over bf16", "KL from bf16, mnat"], rows)
+
+
+if __name__ == "__main__":
+    main()
