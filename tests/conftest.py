@@ -99,8 +99,10 @@ def engine() -> Callable[..., Any]:
 @pytest.fixture
 def vllm_log(caplog):
     """What vLLM and the plugin log; vLLM's loggers do not propagate to pytest's."""
-    import vllm  # noqa: F401 - importing it sets up the loggers anew
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
 
+    configure_logging_if_needed(LoggingConfig())  # an engine would, and drop the handler
     logging.getLogger("vllm").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("vllm").removeHandler(caplog.handler)

@@ -151,6 +151,10 @@ def test_a_prefix_is_hit_with_its_sink_and_window():
     assert hit == len(PROMPTS[3]) // BLOCK * BLOCK
     assert cache.run(second, 1000)
     assert cache.manager.get_block_ids(second)[FULL][:2] == full[:2]
+    blocks = cache.manager.block_pool.blocks
+    assert [blocks[i].ref_cnt for i in full[:2]] == [2, 2]
+    cache.finish(second)
+    assert [blocks[i].ref_cnt for i in full[:2]] == [1, 1]
 
 
 def test_without_the_sink_there_is_no_hit():

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -122,8 +123,13 @@ def build(
     block_size: int = 16,
     padding: int = 0,
     seed: int = 0,
+    nan_keys: Sequence[int] = (),
+    nan_values: Sequence[int] = (),
 ) -> Batch:
-    """Requests of (tokens before the step, tokens of the step), and `padding` requests and tokens without."""
+    """Requests of (tokens before the step, tokens of the step), and `padding` requests and tokens without.
+
+    nan_keys, nan_values: tokens of all requests, one after the other, that have a NaN.
+    """
     rng = torch.Generator().manual_seed(seed)
     layout = PageLayout(block_size, dim, options.v_group)
     full_size = block_size // 4
@@ -150,6 +156,7 @@ def build(
     k, v = (torch.randn(count, heads, dim, generator=rng) for _ in range(2))
     v = (v * torch.linspace(-1, 1, dim).exp2()).to(dtype)
     k = (k + 0.5 * torch.randn(count, 1, 1, generator=rng)).to(dtype)
+    k[list(nan_keys), :, 3] = v[list(nan_values), :, 3] = torch.nan
     whole = Step(
         starts(lengths), torch.tensor(lengths).int(), table, full_table,
         slots(table, block_size, [0] * len(lengths)), slots(full_table, full_size, [0] * len(lengths)),
@@ -280,7 +287,7 @@ WRITES = {
     "heads of 128": dict(options=dict(v_group="head_dim"), dim=128),
 }  # fmt: skip
 # Tokens before the step and of it: within a tile, across tiles, to a tile's end, one token of either kind.
-REQUESTS = [(0, 5), (37, 1), (15, 1), (30, 19), (0, 16), (1, 47)]
+REQUESTS = [(0, 5), (37, 1), (15, 1), (30, 19), (0, 16), (1, 46), (1, 47)]
 
 
 @RUNS_KERNELS
@@ -364,7 +371,21 @@ def test_queries_are_transformed_and_quantized(dim, dtype, policy, heads, group)
 
 
 def check_attention(batch: Batch, pages: torch.Tensor | None = None) -> None:
-    """Attention to what is needed only, against the reference on all there is.
+    """Attention to what is needed only, against the reference on all there is."""
+    q, q_stored = triton_kv_write.transform_query(batch.q.to(DEVICE), None, batch.options)
+    output = torch.full_like(q, SENTINEL)
+    triton_paged_attention.attention(
+        q, q_stored, like(batch.needed_pages) if pages is None else pages, like(batch.needed_full),
+        batch.layout, on_device(batch.needed_step), batch.options, output,
+    )  # fmt: skip
+    check_output(output, batch)
+
+
+SENTINEL = 7.0
+
+
+def check_output(output: torch.Tensor, batch: Batch) -> None:
+    """Attention's output (T, Hq, D), which held SENTINEL, against the reference.
 
     Rounding alone sets them apart. With u the unit roundoff of the dtype, rounding P changes a row of outputs
     by at most u * sqrt(sum P**2) of its values' size, which is a row's own size for random values, and rounding
@@ -372,26 +393,18 @@ def check_attention(batch: Batch, pages: torch.Tensor | None = None) -> None:
     Quantized P has no rounding of its own, but what fp32 rounds otherwise (the order of sums, exp) can turn a
     tie of two candidates or elements, which changes a block by a tenth; that may happen to 2 % of the rows.
     """
-    options, count = batch.options, batch.tokens
-    q = batch.q.to(DEVICE)
-    q, q_stored = triton_kv_write.transform_query(q, None, options)
-    sentinel = 7.0
-    output = torch.full_like(q, sentinel)
-    triton_paged_attention.attention(
-        q, q_stored, like(batch.needed_pages) if pages is None else pages, like(batch.needed_full),
-        batch.layout, on_device(batch.needed_step), options, output,
-    )  # fmt: skip
-    output = output.cpu().float()
-    expected = torch.full_like(output, sentinel)
+    count, output = batch.tokens, output.cpu()
+    u = torch.finfo(output.dtype).eps / 2
+    output = output.float()
+    expected = torch.full_like(output, SENTINEL)
     paged_attention.attention(
-        batch.q, batch.pages, batch.full, batch.layout, batch.step, None, options, expected
+        batch.q, batch.pages, batch.full, batch.layout, batch.step, None, batch.options, expected
     )
     assert torch.equal(output[count:], expected[count:])
     assert output.isfinite().all()
     error, expected = output[:count] - expected[:count], expected[:count]
     relative = error.square().mean(-1).sqrt() / expected.square().mean(-1).sqrt()
-    u = torch.finfo(q.dtype).eps / 2
-    if options.p is None:
+    if batch.options.p is None:
         assert relative.max() <= 1.5 * u, relative.max() / u
     else:
         assert (relative > 1.5 * u).float().mean() <= 0.02, relative.flatten().sort().values[-10:] / u
@@ -459,6 +472,26 @@ def test_attention_gives_the_values_of_the_reference(case: str) -> None:
     arguments = dict(CASES[case])
     options = AttentionOptions(**arguments.pop("options"))
     check_attention(build(arguments.pop("requests"), options, padding=2, **arguments))
+
+
+@RUNS_KERNELS
+@pytest.mark.parametrize("options", [dict(KV, v_group="head_dim"), dict(v_group="tokens", p="fast")], ids=str)
+def test_nan_reaches_those_that_see_it(options: dict) -> None:
+    # A key, and a value, of request 0 and 1 that are stored; the former in a tile of stored tokens only.
+    requests = [(150, 2), (60, 3), (90, 2)]
+    batch = build(requests, AttentionOptions(**options), heads=1, nan_keys=[70], nan_values=[152 + 20])
+    q, q_stored = triton_kv_write.transform_query(batch.q.to(DEVICE), None, batch.options)
+    output = torch.full_like(q, SENTINEL)
+    triton_paged_attention.attention(
+        q, q_stored, like(batch.needed_pages), like(batch.needed_full), batch.layout,
+        on_device(batch.needed_step), batch.options, output,
+    )  # fmt: skip
+    expected = torch.empty_like(batch.q)
+    paged_attention.attention(
+        batch.q, batch.pages, batch.full, batch.layout, batch.step, None, batch.options, expected
+    )
+    assert expected.isnan().any(-1).flatten(1).all(1).tolist() == [True] * 5 + [False] * 2
+    assert torch.equal(output.cpu().isnan(), expected.isnan())
 
 
 @RUNS_KERNELS
@@ -642,3 +675,109 @@ def test_writing_compiles_without_a_gpu(arch, tmp_path) -> None:
         assert spilled(binary, tmp_path / "kernel.cubin") == 0
         assert ("cvt.rn.satfinite.e2m1x2.f32" in binary.asm["ptx"]) == (arch >= 100)
         assert ".ftz" not in binary.asm["ptx"]
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+LONG = [(1000, 1), (37, 300), (0, 513), (4000, 1), (2100, 17), (15, 1), (0, 1), (127, 129)]
+LONG_DECODE = [(n, 1) for n in (0, 1, 15, 16, 31, 63, 64, 511, 1000, 2047, 2048, 4095)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("v_group", ["head_dim", "tokens"])
+@pytest.mark.parametrize("operands", ["kv", "qkvp"])
+@pytest.mark.parametrize(
+    ("dim", "group", "heads", "block_size"), [(64, 3, 3, 16), (96, 1, 2, 32), (128, 4, 2, 64), (256, 8, 1, 128)]
+)
+def test_long_requests_on_a_gpu(dim, group, heads, block_size, operands, v_group, dtype) -> None:
+    policies = KV if operands == "kv" else dict(q="fast", p="fast")
+    options = AttentionOptions(**policies, k="fast", v="fast", v_group=v_group, v_scale=1 / 16)
+    sizes = dict(dim=dim, group=group, heads=heads, block_size=block_size, dtype=dtype)
+    for requests in (LONG, LONG_DECODE):
+        batch = build(requests, options, padding=5, **sizes)
+        check_write(batch, matrix_of(heads, dim), batch.k, batch.v)
+        check_attention(batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operands", ["kv", "qkvp"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(own_chunk=True),
+        dict(sliding_window=500),
+        dict(sliding_window=64, logits_soft_cap=3.0),
+        dict(sink=0, recent=1),
+        dict(sink=200, recent=300),
+        dict(two_level_p=False, kv_tile=128),
+    ],
+    ids=str,
+)
+def test_options_on_a_gpu(changes, operands) -> None:
+    policies = KV if operands == "kv" else dict(q="paper", p="paper")
+    for v_group in ("head_dim", "tokens"):
+        options = AttentionOptions(**{**policies, **changes}, k="fast", v="fast", v_group=v_group)
+        check_attention(build(LONG, options, dim=128, group=4, heads=1, block_size=64))
+        check_attention(build(LONG_DECODE, options, dim=128, group=4, heads=1, block_size=64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operands", ["kv", "qkvp"])
+def test_capture_in_a_cuda_graph(operands) -> None:
+    policies = KV if operands == "kv" else {}
+    options = AttentionOptions(**policies, k="fast", v="fast", v_group="tokens")
+    sizes = dict(dim=128, heads=2, group=4, block_size=32)
+    batches = [
+        build([(40, 1), (0, 1), (15, 1), (300, 1), (64, 1)], options, **sizes),
+        build([(1000, 1), (47, 1), (9, 1)], options, padding=2, seed=1, **sizes),
+        build([(3, 1), (2000, 1), (31, 1), (500, 1)], options, padding=1, seed=2, **sizes),
+    ]
+
+    def buffer(name: str, of: str | None = None) -> torch.Tensor:
+        """One that holds each batch's."""
+        tensors = [getattr(batch if of is None else getattr(batch, of), name) for batch in batches]
+        shape = [max(sizes) for sizes in zip(*(x.shape for x in tensors), strict=True)]
+        if tensors[0].ndim == 4:
+            return strided(tuple(shape), tensors[0].dtype, DEVICE)
+        return torch.zeros(shape, dtype=tensors[0].dtype, device=DEVICE)
+
+    def fill(to: torch.Tensor, source: torch.Tensor) -> None:
+        to[tuple(slice(n) for n in source.shape)] = source.to(DEVICE)
+
+    step = replace(
+        batches[0].needed_step,
+        **{
+            name: buffer(name, "needed_step")
+            for name, x in vars(batches[0].needed_step).items()
+            if isinstance(x, torch.Tensor)
+        },
+    )
+    pages, full, q, k, v = (buffer(name) for name in ("needed_pages", "needed_full", "q", "k", "v"))
+    output = torch.empty_like(q)
+
+    def load(batch: Batch) -> None:
+        for name, x in vars(step).items():
+            if isinstance(x, torch.Tensor):
+                fill(x, getattr(batch.needed_step, name))
+        for to, name in ((pages, "needed_pages"), (full, "needed_full"), (q, "q"), (k, "k"), (v, "v")):
+            fill(to, getattr(batch, name))
+        output.fill_(SENTINEL)
+
+    def run() -> None:
+        triton_kv_write.transform_and_write(pages, full, batches[0].layout, step, k, v, None, options)
+        transformed, stored = triton_kv_write.transform_query(q, None, options)
+        triton_paged_attention.attention(
+            transformed, stored, pages, full, batches[0].layout, step, options, output
+        )
+
+    load(batches[0])
+    run()  # compiles
+    check_output(output, batches[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for batch in (*batches[1:], batches[0]):
+        load(batch)
+        graph.replay()
+        check_output(output, batch)

@@ -50,6 +50,7 @@ def calibrate_attention(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 256:
         raise ValueError(f"--tokens {arguments.tokens}: R needs a few tokens for each channel, 256 or more")
     trust = arguments.trust_remote_code
+    config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=trust).get_text_config()
     if arguments.text is not None:
         if not arguments.text.is_file():
             raise ValueError(f"--text {arguments.text}: there is no such file")
@@ -60,17 +61,16 @@ def calibrate_attention(arguments: argparse.Namespace) -> None:
                 f"--text {arguments.text} has {len(ids)} tokens, fewer than --tokens {arguments.tokens}"
             )
     else:
-        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=trust).get_text_config()
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, config.vocab_size, (arguments.tokens,), generator=generator)
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.safetensors"
         origin = "random tokens" if arguments.text is None else f"tokens of {arguments.text.name}"
         save_file({"tokens": ids}, tokens, {"source": f"{len(ids)} {origin}"})
-        _calibrate(arguments, tokens)
+        _calibrate(arguments, tokens, min(1024, getattr(config, "max_position_embeddings", 1024)))
 
 
-def _calibrate(arguments: argparse.Namespace, tokens: Path) -> None:
+def _calibrate(arguments: argparse.Namespace, tokens: Path, max_model_len: int) -> None:
     """Start vLLM on the model and send it one request: R is calibrated before the first forward pass."""
     from vllm import LLM, SamplingParams
 
@@ -86,7 +86,7 @@ def _calibrate(arguments: argparse.Namespace, tokens: Path) -> None:
         kv_cache_dtype="nvfp4",
         additional_config={"scalesearch": {"attention": attention}},
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=max_model_len,
         max_num_seqs=1,
         kv_cache_memory_bytes=1 << 30,
         tensor_parallel_size=arguments.tensor_parallel_size,
