@@ -60,6 +60,7 @@ def test_changed_weights_are_another_model(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"one")
     before = reduction_files.cached_file(str(tmp_path), None, "config")
+    (tmp_path / reduction_files.FILE_NAME).parent.mkdir()
     (tmp_path / reduction_files.FILE_NAME).write_bytes(b"R is none of the weights")
     assert reduction_files.cached_file(str(tmp_path), None, "config") == before
     os.utime(weights, ns=(1, 1))

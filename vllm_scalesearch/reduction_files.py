@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from vllm_scalesearch.paths import cache_dir
 from vllm_scalesearch.transforms import MagnitudeReduction
 
-FILE_NAME = "scalesearch_attention.safetensors"
+# In a folder of its own: vLLM takes every safetensors file that lies directly in a model's for weights.
+FILE_NAME = "scalesearch/attention.safetensors"
 _FORMAT = "vllm-scalesearch attention R 1"
 _PARTS = ("r", "r_inverse_t", "condition", "fallback")
 
@@ -79,9 +80,8 @@ def cached_file(model: str, revision: str | None, config: str) -> Path:
     parts = [str(folder.resolve()) if folder.is_dir() else model, revision or "", config]
     if folder.is_dir():
         for file in sorted(folder.glob("*.safetensors")):
-            if file.name != FILE_NAME:
-                status = file.stat()
-                parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
+            status = file.stat()
+            parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
     for part in parts:
         identity.update(part.encode() + b"\0")
     return cache_dir() / "attention" / f"{identity.hexdigest()[:20]}.safetensors"

@@ -415,7 +415,8 @@ def _attention_kernel(
             )  # fmt: skip
 
     if SHARED:
-        tl.store(maximum_ptr + at, maximum, mask=valid)
+        # A NaN is not part of a maximum, but must not pass for a row that has seen nothing.
+        tl.store(maximum_ptr + at, tl.where(total == total, maximum, float("nan")), mask=valid)
         tl.store(total_ptr + at, total, mask=valid)
         tl.store(partial_ptr + at[:, None] * D + column[None, :], output, mask=mask)
     else:
@@ -437,7 +438,7 @@ def _merge_kernel(
     head = tl.program_id(1)
     at = (token * tl.num_programs(1) + head) * SEGMENTS + tl.arange(0, SEGMENTS)
     maximum = tl.load(maximum_ptr + at)
-    some = maximum > float("-inf")
+    some = maximum != float("-inf")
     weight = tl.exp2(maximum - tl.max(maximum, 0))
     total = tl.sum(tl.load(total_ptr + at, mask=some, other=0.0) * weight, 0)
     column = tl.arange(0, WIDE)
