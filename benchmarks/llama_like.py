@@ -74,6 +74,12 @@ def make(folder: Path, layers: int, nvfp4: bool) -> None:
         folder / "model-ends.safetensors",
         metadata={"format": "pt"},
     )
+    write_config(folder, layers, nvfp4)
+
+
+def write_config(folder: Path, layers: int, nvfp4: bool = False) -> None:
+    """config.json alone: enough for vLLM's dummy weights."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
         "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,

@@ -67,7 +67,8 @@ def assert_is_the_definition(calls, impls):
             # Scores and outputs have the same operands to the bit, so what is left is the order of fp32
             # sums and one rounding of the output; and, where Q or P is quantized, a value that falls to the
             # other side of a rounding now and then.
-            eps = torch.finfo(part[3].dtype).eps
+            # A kernel rounds P to 16 bits besides.
+            eps = torch.finfo(part[3].dtype).eps * (2 if part[3].is_cuda else 1)
             error = (part[3].float() - expected).norm() / expected.norm()
             assert error < (2e-2 if reference.p is not None else eps), (layer, context, error)
             context = end
@@ -191,6 +192,7 @@ def test_models_that_cannot_run_are_refused_with_a_reason(engine, tiny, architec
         start(engine, tiny(architecture, **config))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU platform")
 def test_other_backends_are_left_alone(engine, tiny):
     """Without the option, and with another backend, the CPU platform is vLLM's own."""
     from vllm.platforms import current_platform

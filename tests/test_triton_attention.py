@@ -390,8 +390,10 @@ def check_output(output: torch.Tensor, batch: Batch) -> None:
     Rounding alone sets them apart. With u the unit roundoff of the dtype, rounding P changes a row of outputs
     by at most u * sqrt(sum P**2) of its values' size, which is a row's own size for random values, and rounding
     the output by at most u; both are uniform, so each is u / sqrt(3) at most in the mean: 1.5 u in all.
-    Quantized P has no rounding of its own, but what fp32 rounds otherwise (the order of sums, exp) can turn a
-    tie of two candidates or elements, which changes a block by a tenth; that may happen to 2 % of the rows.
+    Quantized P has no rounding of its own, but what fp32 rounds otherwise (the order of sums, exp) moves p by
+    some 2**-18 of itself. Where it lies that near to a tie of two elements, as one of 10**4 does, the element
+    moves by a step, up to a third of it; of a row of N such p, that is 0.3 / sqrt(N). So most rows are as
+    above, and almost all within 2 %.
     """
     count, output = batch.tokens, output.cpu()
     u = torch.finfo(output.dtype).eps / 2
@@ -407,8 +409,9 @@ def check_output(output: torch.Tensor, batch: Batch) -> None:
     if batch.options.p is None:
         assert relative.max() <= 1.5 * u, relative.max() / u
     else:
-        assert (relative > 1.5 * u).float().mean() <= 0.02, relative.flatten().sort().values[-10:] / u
-        assert relative.max() <= 0.1
+        bounds = torch.tensor([1.5 * u, 0.02, 0.1])
+        quantiles = relative.flatten().quantile(torch.tensor([0.5, 0.98, 1.0]))
+        assert (quantiles <= bounds).all(), quantiles
 
 
 KV = dict(q=None, p=None, recent=16)
