@@ -97,3 +97,35 @@ def test_pipeline_parallel_ranks_share_their_layer_names(tiny, tmp_path):
 def test_pipeline_parallel_finds_dead_patterns(tiny, tmp_path):
     with pytest.raises(AssertionError, match=r"'layers\.7' matches no layer"):
         run_split(tmp_path, tiny("Llama"), {"ignore": ["layers.7"]}, prompts=[], pipeline_parallel_size=2)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_tensor_parallel_attention(tiny, engine, tmp_path, monkeypatch, kv_heads):
+    """Each rank caches its KV heads, or its copy of the only one, and together they calibrate the same R."""
+    from conftest import prompt_logprobs
+
+    from vllm_scalesearch import reduction_files
+
+    served = {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4", "max_num_batched_tokens": 16}
+    model = tiny("Llama", head_dim=64, num_key_value_heads=kv_heads)
+    files, logprobs = [], []
+    for split in (False, True):
+        cache = tmp_path / f"cache{split}"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        if split:
+            folder = tmp_path / "run"
+            folder.mkdir()
+            result = run_split(folder, model, {}, quantization=None, tensor_parallel_size=2, **served)
+            logprobs.append(result["logprobs"])
+        else:
+            logprobs.append(prompt_logprobs(engine(model, **served), PROMPTS))
+        files += (cache / "vllm-scalesearch" / "attention").iterdir()
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.attn"
+        whole, joined = (reduction_files.load(file, name, 0, kv_heads, 64)[0] for file in files)
+        # Columns of R have any sign, and turn where singular values are close; R R^T does not.
+        squares = whole.r @ whole.r.mT
+        assert (squares - joined.r @ joined.r.mT).norm() < 0.02 * squares.norm()
+    plain = prompt_logprobs(engine(model, max_num_batched_tokens=16), PROMPTS)
+    effect = (plain - logprobs[0]).abs().mean()
+    assert (logprobs[1] - logprobs[0]).abs().mean() < 0.5 * effect
