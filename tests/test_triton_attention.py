@@ -645,10 +645,17 @@ def test_attention_compiles_without_a_gpu(operands, v_group, max_query_len, arch
         PageLayout(64, 128, v_group), 16, options, 4, max_query_len, divmod(arch, 10)
     )
     constants["SHARED"] = max_query_len == 1 and operands == "kv"
+    if not constants["SHARED"]:
+        constants |= dict(partial_ptr=None, maximum_ptr=None, total_ptr=None)
     binary = compiled(triton_paged_attention._attention_kernel, constants, arch, **launch)
     assert f".target sm_{arch}" in binary.asm["ptx"]
     assert binary.metadata.shared <= (SHARED_MEMORY if arch == 80 else HOPPER_SHARED_MEMORY)
     assert spilled(binary, tmp_path / "kernel.cubin") <= 128  # 32 registers
+
+
+@COMPILES
+def test_merging_compiles_without_a_gpu() -> None:
+    assert compiled(triton_paged_attention._merge_kernel, dict(D=96, WIDE=128, SEGMENTS=16), 80).asm["cubin"]
 
 
 @COMPILES
@@ -669,6 +676,7 @@ def test_writing_compiles_without_a_gpu(arch, tmp_path) -> None:
     queries = triton_kv_write.query_constants(4, 128, options, 64, arch >= 100)
     kernels = [
         (triton_kv_write._write_kernel, constants),
+        (triton_kv_write._write_kernel, {**constants, "matrix_ptr": None}),
         (triton_kv_write._write_tiles_kernel, triton_kv_write.tile_constants(constants)),
         (triton_kv_write._transform_query_kernel, queries),
     ]
@@ -687,9 +695,11 @@ LONG_DECODE = [(n, 1) for n in (0, 1, 15, 16, 31, 63, 64, 511, 1000, 2047, 2048,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("v_group", ["head_dim", "tokens"])
-@pytest.mark.parametrize("operands", ["kv", "qkvp"])
+@pytest.mark.parametrize(
+    ("operands", "v_group", "dtype"),
+    [("kv", "head_dim", BF16), ("kv", "tokens", FP16), ("qkvp", "head_dim", FP16), ("qkvp", "tokens", BF16)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("dim", "group", "heads", "block_size"), [(64, 3, 3, 16), (96, 1, 2, 32), (128, 4, 2, 64), (256, 8, 1, 128)]
 )
@@ -719,10 +729,10 @@ def test_long_requests_on_a_gpu(dim, group, heads, block_size, operands, v_group
 )
 def test_options_on_a_gpu(changes, operands) -> None:
     policies = KV if operands == "kv" else dict(q="paper", p="paper")
-    for v_group in ("head_dim", "tokens"):
-        options = AttentionOptions(**{**policies, **changes}, k="fast", v="fast", v_group=v_group)
-        check_attention(build(LONG, options, dim=128, group=4, heads=1, block_size=64))
-        check_attention(build(LONG_DECODE, options, dim=128, group=4, heads=1, block_size=64))
+    v_group = "tokens" if operands == "kv" else "head_dim"
+    options = AttentionOptions(**{**policies, **changes}, k="fast", v="fast", v_group=v_group)
+    for requests in (LONG, LONG_DECODE):
+        check_attention(build(requests, options, dim=128, group=4, heads=1, block_size=64))
 
 
 @pytest.mark.gpu

@@ -5,8 +5,8 @@ the first request): random token ids are run through the model in full precision
 second moments of its queries and keys, and the result is kept in the user's cache. Random ids instead of
 text cost little accuracy (README.md has the figures) and need nothing from the user.
 
-Tensor-parallel ranks run the same ids at the same time and each calibrates its own heads; rank 0 writes the
-file. A layer that such a pass does not reach, as a drafter's, and every layer under pipeline parallelism,
+Tensor-parallel ranks run the same ids at the same time and share the moments of their heads; rank 0 writes
+the file. A layer that such a pass does not reach, as a drafter's, and every layer under pipeline parallelism,
 where no rank can run the model alone, is left with H alone, which is said in the log.
 """
 
@@ -74,7 +74,7 @@ class ModelReductions:
             return
         file = self._file()
         if file is not None:
-            first, _ = self._heads(impl)
+            first = self._heads(impl).start
             reduction, source = reduction_files.load(file, name, first, impl.num_kv_heads, impl.head_size)
             logger.info_once("scalesearch: R from %s (%s)", file, source)
             self._use(name, impl, reduction)
@@ -156,14 +156,13 @@ class ModelReductions:
                     )
         finally:
             self.collecting = False
-        found = {
-            name: magnitude_reduction(moments.q.cpu(), moments.k.cpu())
-            for name, moments in self._moments.items()
-        }
+        whole = self._reductions()
         file = self.options.r_file or self._cached
-        self._write(file, found, source)
+        if not get_tp_group().rank_in_group:
+            reduction_files.save(file, whole, source)
         for name, impl in self._waiting.items():
-            self._use(name, impl, found.get(name))
+            mine = self._heads(impl)
+            self._use(name, impl, _part(whole[name], mine) if name in whole else None)
         self._waiting, self._moments = {}, {}
         logger.info(
             "scalesearch: R calibrated from %s in %.1f s, kept in %s",
@@ -185,29 +184,40 @@ class ModelReductions:
         length = min(LENGTH, self.vllm_config.model_config.max_model_len)
         return list(ids.split(length)), source
 
-    def _write(self, file: Path, found: dict[str, MagnitudeReduction], source: str) -> None:
+    def _reductions(self) -> dict[str, MagnitudeReduction]:
+        """R of all KV heads of each layer, from the moments of all ranks, the same on each of them."""
         group = get_tp_group()
-        mine = [(name, *self._heads(self._waiting[name]), r) for name, r in found.items()]
+        mine = {
+            name: (self._heads(self._waiting[name]).start, moments.q.cpu(), moments.k.cpu())
+            for name, moments in self._moments.items()
+        }
         ranks = [mine]
         if group.world_size > 1:
             ranks = [None] * group.world_size
             torch.distributed.all_gather_object(ranks, mine, group.cpu_group)
-        if group.rank_in_group:
-            return
-        whole: dict[str, dict[int, MagnitudeReduction]] = {}
-        for name, first, _, reduction in (entry for rank in ranks for entry in rank):
-            whole.setdefault(name, {})[first] = reduction
-        reduction_files.save(
-            file, {name: _joined([parts[i] for i in sorted(parts)]) for name, parts in whole.items()}, source
-        )
+        whole = {}
+        for name in mine:
+            q: dict[int, torch.Tensor] = {}
+            k: dict[int, torch.Tensor] = {}
+            for first, m_q, m_k in (rank[name] for rank in ranks):
+                # Ranks that hold copies of a KV head have different query heads of its group.
+                q[first] = q[first] + m_q if first in q else m_q
+                k[first] = m_k
+            order = sorted(q)
+            whole[name] = magnitude_reduction(
+                torch.cat([q[first] for first in order]), torch.cat([k[first] for first in order])
+            )
+        return whole
 
-    def _heads(self, impl: "ScaleSearchAttentionImpl") -> tuple[int, int]:
-        """The first of this rank's KV heads, and how many the model has."""
+    def _heads(self, impl: "ScaleSearchAttentionImpl") -> slice:
+        """This rank's KV heads among the model's."""
         group = get_tp_group()
         total = self.vllm_config.model_config.get_total_num_kv_heads()
         if total >= group.world_size:
-            return group.rank_in_group * impl.num_kv_heads, total
-        return group.rank_in_group // (group.world_size // total), total
+            first = group.rank_in_group * impl.num_kv_heads
+        else:
+            first = group.rank_in_group // (group.world_size // total)
+        return slice(first, first + impl.num_kv_heads)
 
     def _use(self, name: str, impl: "ScaleSearchAttentionImpl", reduction: MagnitudeReduction | None) -> None:
         if reduction is None:
@@ -217,7 +227,5 @@ class ModelReductions:
         impl.set_reduction(reduction)
 
 
-def _joined(parts: list[MagnitudeReduction]) -> MagnitudeReduction:
-    """R of several ranks' heads, in order."""
-    names = [f.name for f in fields(MagnitudeReduction)]
-    return MagnitudeReduction(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+def _part(reduction: MagnitudeReduction, heads: slice) -> MagnitudeReduction:
+    return MagnitudeReduction(**{f.name: getattr(reduction, f.name)[heads] for f in fields(MagnitudeReduction)})

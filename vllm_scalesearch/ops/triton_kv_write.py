@@ -297,7 +297,7 @@ def transform_and_write(
     constants = write_constants(layout, full.shape[2], options, tokens, triton_quantize._has_e2m1(pages.device))
     page_words, head_words = pages.stride(0) // 4, pages.stride(1) // 4
     _write_kernel[(triton.cdiv(tokens, constants["TOKENS"]), heads)](
-        pages, full, step.slots, step.full_slots, k, v, matrix, options.v_scale, tokens,
+        pages, full, step.slots, step.full_slots, k, v, matrix, float(options.v_scale), tokens,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         page_words, head_words, full.stride(0), full.stride(1),
         **constants, num_warps=warps(constants["TOKENS"] * constants["WIDE"]), enable_fp_fusion=False,
@@ -307,7 +307,7 @@ def transform_and_write(
         constants = tile_constants(constants)
         _write_tiles_kernel[(tokens // BLOCK + requests, heads)](
             pages, full, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
-            options.v_scale, requests, step.block_table.stride(0), step.full_block_table.stride(0),
+            float(options.v_scale), requests, step.block_table.stride(0), step.full_block_table.stride(0),
             page_words, head_words, full.stride(0), full.stride(1),
             **constants, num_warps=warps(BLOCK * constants["WIDE"]), enable_fp_fusion=False,
         )  # fmt: skip
@@ -343,7 +343,10 @@ def transform_query(
 
 def check_cache(pages: torch.Tensor, full: torch.Tensor, layout: PageLayout, options: AttentionOptions) -> None:
     """Raise ValueError for pages or options that the kernels do not take."""
-    layout.parts(pages)
+    page = (layout.block_size, layout.bytes_per_token)
+    fits = pages.ndim == 4 and pages.shape[2:] == page and pages.stride()[2:] == (page[1], 1)
+    if not fits or pages.dtype != torch.uint8:
+        layout.parts(pages)  # which says why
     heads, dim = pages.shape[1], layout.head_size
     if pages.stride(0) % 4 or pages.stride(1) % 4 or pages.data_ptr() % 4:
         raise ValueError(f"packed KV pages: not aligned to words of 32 bits, strides {pages.stride()}")

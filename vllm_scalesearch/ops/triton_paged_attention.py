@@ -510,7 +510,7 @@ def attention(
         # tanh(x) is 1 - 2 / (exp(2 x) + 1).
         score_scale *= 2 / options.logits_soft_cap
         cap = options.logits_soft_cap * _LOG2_E
-    unit = options.v_scale * _STORED_UNIT.value
+    unit = float(options.v_scale) * _STORED_UNIT.value
     _attention_kernel[(blocks, heads, segments)](
         q, q_stored, pages, full, output, partial, maximum, total,
         step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
