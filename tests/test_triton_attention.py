@@ -455,9 +455,7 @@ CASES = {
         heads=1,
     ),
     "sink of many tiles": dict(options=dict(KV, v_group="tokens", sink=70), requests=[(200, 20)], heads=1),
-    "one query head a KV head, tiles of 16": dict(
-        options=dict(KV, v_group="tokens", kv_tile=16), requests=[(50, 6)], group=1
-    ),
+    "one query head a KV head": dict(options=dict(KV, v_group="tokens"), requests=[(50, 6)], group=1),
     "tiles of 32, paper": dict(options=dict(v_group="head_dim", kv_tile=32), requests=[(80, 6)], heads=1),
     "heads of 128": dict(
         options=dict(KV, v_group="head_dim"), requests=[(90, 3), (9, 1)], dim=128, heads=1, block_size=64

@@ -264,9 +264,7 @@ class _DecodeProduct(_VllmKernelProduct):
         humming = isinstance(self.kernel, HummingNvFp4LinearKernel)
         small = self.weight.outputs * self.weight.inputs <= 4096 * 4096
         self.decode_rows = w4a16.MAX_ROWS if small or not humming else w4a16.MAX_ROWS // 2
-        # Wide inputs leave few outputs to a piece; there it takes twice the rows until that pays.
-        wide = self.weight.inputs > 8192
-        self.dense_rows = w4a16.DENSE_ROWS * (2 if wide else 1) if humming else sys.maxsize
+        self.dense_rows = w4a16.DENSE_ROWS if humming else sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
             "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel, as measured fastest there, "

@@ -536,8 +536,11 @@ def attention_constants(
     capability: tuple[int, int],
 ) -> tuple[dict, dict]:
     """How `_attention_kernel` is compiled but for SHARED, and its launch options."""
-    if options.kv_tile & (options.kv_tile - 1):
-        raise ValueError(f"the attention kernel takes tiles of a power of two, not kv_tile={options.kv_tile}")
+    # With 16, Triton 3.6's product over the tokens of a tile is wrong on Hopper (seen on an H100).
+    if options.kv_tile < 32 or options.kv_tile & (options.kv_tile - 1):
+        raise ValueError(
+            f"the attention kernel takes tiles of a power of two from 32 on, not kv_tile={options.kv_tile}"
+        )
     wide = triton.next_power_of_2(layout.head_size)
     # Hopper and data-center Blackwell have room for larger blocks: operands come from shared memory.
     large = capability[0] in (9, 10)
