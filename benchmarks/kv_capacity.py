@@ -1,9 +1,10 @@
 """How many tokens fit in one memory budget: vLLM's own line about its KV cache, for each kind of cache.
 
-    python benchmarks/kv_capacity.py [--gib 4] [--length 32768]
+    python benchmarks/kv_capacity.py [--gib 4] [--lengths 32768 131072]
 
-Layers of Llama-3.1-8B's shape with dummy weights; vLLM states the capacity for requests of the model's
-whole length, so the 16-bit tokens of SCALESEARCH (per request) count as they do for requests that long.
+Layers of Llama-3.1-8B's shape with dummy weights. vLLM states the capacity for requests of the model's whole
+length, and counts for each of them the most blocks that it may hold at any time. For SCALESEARCH that includes
+16-bit blocks for all tokens of two steps of prefill, which only the requests have that are being prefilled.
 """
 
 import argparse
@@ -33,7 +34,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "fp8": {"kv_cache_dtype": "fp8"},
     "SCALESEARCH": ours(),
     "SCALESEARCH, V along tokens": ours(v_group="tokens"),
-    "SCALESEARCH, 64 newest": ours(recent=64),
+    "SCALESEARCH, 16 newest": ours(recent=16),
     "SCALESEARCH, blocks of 16": ours() | {"block_size": 16},
     "SCALESEARCH, blocks of 128": ours() | {"block_size": 128},
 }
@@ -72,22 +73,25 @@ def capacity(model: Path, engine: dict[str, Any], size: int, length: int, batche
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=4)
-    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 131072], help="max_model_len")
     parser.add_argument("--batched", type=int, default=2048, help="max_num_batched_tokens")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--caches", nargs="+", choices=list(CACHES), default=list(CACHES))
     args = parser.parse_args()
-    found = {}
+    found: dict[int, dict[str, int]] = {}
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         llama_like.write_config(model, args.layers)
-        for label, engine in CACHES.items():
-            found[label] = capacity(model, engine, int(args.gib * 2**30), args.length, args.batched)
-            print(label, found[label], flush=True)
+        for length in args.lengths:
+            tokens = found[length] = {}
+            for label in args.caches:
+                tokens[label] = capacity(model, CACHES[label], int(args.gib * 2**30), length, args.batched)
+                share = f"{tokens[label] / tokens['bf16']:.2f}x" if "bf16" in tokens else ""
+                rows.append([length, label, f"{tokens[label]:,}", share])
+                print(*rows[-1], flush=True)
     print()
-    report.table(
-        ["cache", "tokens", "of bf16"],
-        [[label, f"{tokens:,}", f"{tokens / found['bf16']:.2f}x"] for label, tokens in found.items()],
-    )
+    report.table(["max_model_len", "cache", "tokens", "of bf16"], rows)
     report.write("kv_capacity", {**vars(args), "tokens": found})
 
 

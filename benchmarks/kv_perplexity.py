@@ -12,6 +12,7 @@ one, which is a lower bound of the whole.
 
 import argparse
 import gc
+import json
 import math
 import os
 from pathlib import Path
@@ -29,6 +30,10 @@ TOP = 64
 Scores = tuple[torch.Tensor, list[dict[int, float]]]
 
 
+# Stands for the file that --text-r names.
+TEXT_R = "text"
+
+
 def ours(**attention: Any) -> dict[str, Any]:
     options = {"scalesearch": {"attention": attention}}
     return {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4", "additional_config": options}
@@ -41,9 +46,11 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "int4_per_token_head": ({"kv_cache_dtype": "int4_per_token_head"}, (64, 16)),
     "K and V (default)": (ours(), (2048, 256, 64, 16, 1)),
     "K and V, own chunk in bf16": (ours(prefill="full_precision"), (2048, 64, 16)),
+    "K and V, R from text": (ours(r=TEXT_R), (64,)),
     "K and V, no R": (ours(r="none"), (64,)),
     "K and V, absmax": (ours(k="absmax", v="absmax"), (64,)),
-    "K and V, 64 newest": (ours(recent=64), (64,)),
+    "K and V, 16 newest": (ours(recent=16), (64, 16)),
+    "K and V, 128 newest": (ours(recent=128), (64,)),
     "K and V, V's tensor scale 1": (ours(v_scale=1.0), (64,)),
     "K and V, V along tokens": (ours(v_group="tokens"), (64, 16)),
     "Q, K, V and P": (ours(operands="qkvp"), (64, 16)),
@@ -98,53 +105,82 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_options(parser)
     parser.set_defaults(length=2048)
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), help="default: all")
     parser.add_argument("--chunks", nargs="+", type=int, help="only these sizes of chunks")
+    parser.add_argument("--text-r", type=Path, help="what calibrate-attention --text wrote, for its run")
+    parser.add_argument("--name", default="kv_perplexity", help="of the file under results/")
+    parser.add_argument("--combine", nargs="+", help="run nothing: put these files under results/ together")
     args = parser.parse_args()
+    if args.combine:
+        combine(args.combine, args.name)
+        return
 
+    labels = [label for label in args.runs or RUNS if args.text_r or label != "K and V, R from text"]
     model, windows = load_windows(args)
-    rows, results, references = [], [], {}
-    for label in dict.fromkeys(["bf16", *args.runs]):
-        engine, chunks = RUNS[label]
-        for chunk in chunks:
-            # Every chunk is compared with bf16's run of the same windows.
-            if args.chunks and chunk not in args.chunks and label != "bf16":
-                continue
-            alone = chunk == 1
-            text = windows[:1] if alone else windows
-            losses, likeliest = scores(model, engine, min(chunk, args.length), text)
-            if label == "bf16":
-                references[alone] = losses, likeliest
-            base, distribution = references[alone]
-            kl, difference = divergence(distribution, likeliest), losses - base
-            found = {
-                "cache": label,
-                "chunk": chunk,
-                "tokens": len(losses),
-                "perplexity": math.exp(losses.mean()),
-                "nats_over_bf16": difference.mean().item(),
-                "standard_error": (difference.std() / math.sqrt(len(difference))).item(),
-                "kl_nats": kl.mean().item(),
-                "kl_standard_error": (kl.std() / math.sqrt(len(kl))).item(),
-            }
-            results.append(found)
-            rows.append(
-                [
-                    label,
-                    chunk,
-                    found["tokens"],
-                    f"{found['perplexity']:.3f}",
-                    f"{math.expm1(found['nats_over_bf16']):+.2%} +- {found['standard_error']:.2%}",
-                    f"{1e3 * found['kl_nats']:.2f} +- {1e3 * found['kl_standard_error']:.2f}",
-                ]
-            )
-            print(*rows[-1], sep="  ", flush=True)
-            report.write(
-                "kv_perplexity",
-                {"model": model.name, "text": args.text.name, "length": args.length, "runs": results},
-            )
+    results, references = [], {}
+    description = {"model": model.name, "text": args.text.name, "length": args.length, "windows": args.windows}
+    runs = [
+        (label, chunk)
+        for label in dict.fromkeys(["bf16", *labels])
+        for chunk in RUNS[label][1]
+        if not args.chunks or chunk in args.chunks or (label, chunk) == ("bf16", 2048)
+    ]
+    for label, chunk in runs:
+        alone = chunk == 1
+        text = windows[:1] if alone else windows
+        engine = RUNS[label][0]
+        if label == "K and V, R from text":
+            engine = ours(r=str(args.text_r.absolute()))
+        losses, likeliest = scores(model, engine, min(chunk, args.length), text)
+        if label == "bf16":
+            references[alone] = losses, likeliest
+        base, distribution = references[alone]
+        kl, difference = divergence(distribution, likeliest), losses - base
+        found = {
+            "cache": label,
+            "chunk": chunk,
+            "tokens": len(losses),
+            "perplexity": math.exp(losses.mean()),
+            "nats_over_bf16": difference.mean().item(),
+            "standard_error": (difference.std() / math.sqrt(len(difference))).item(),
+            "kl_nats": kl.mean().item(),
+            "kl_standard_error": (kl.std() / math.sqrt(len(kl))).item(),
+        }
+        results.append(found)
+        print(*cells(found), sep="  ", flush=True)
+        report.write(args.name, {**description, "runs": results})
     print()
-    report.table(["cache", "chunk", "tokens", "perplexity", "over bf16", "KL from bf16, mnat"], rows)
+    report.table(HEADER, [cells(found) for found in results])
+
+
+HEADER = ["cache", "chunk", "tokens", "perplexity", "over bf16", "KL from bf16, mnat"]
+
+
+def cells(found: dict[str, Any]) -> list[str]:
+    return [
+        found["cache"],
+        str(found["chunk"]),
+        str(found["tokens"]),
+        f"{found['perplexity']:.3f}",
+        f"{math.expm1(found['nats_over_bf16']):+.2%} +- {found['standard_error']:.2%}",
+        f"{1e3 * found['kl_nats']:.2f} +- {1e3 * found['kl_standard_error']:.2f}",
+    ]
+
+
+def combine(names: list[str], name: str) -> None:
+    """Write the runs of several files, of the same text and machine, as one. Raises SystemExit otherwise."""
+    files = [json.loads((report.RESULTS / f"{each}.json").read_text()) for each in names]
+    whole = files[0]
+    runs = {}
+    for file in files:
+        for key in ("model", "text", "length", "windows"):
+            if file["results"][key] != whole["results"][key]:
+                raise SystemExit(f"{names}: {key} differs, so their runs do not compare")
+        runs |= {(run["cache"], run["chunk"]): run for run in file["results"]["runs"]}
+    ordered = [runs[label, chunk] for label in RUNS for chunk in RUNS[label][1] if (label, chunk) in runs]
+    whole["results"]["runs"] = ordered
+    (report.RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    report.table(HEADER, [cells(run) for run in ordered])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from vllm_scalesearch.attention_reference import attention
 pytestmark = pytest.mark.vllm
 
 # Every token beyond sink and window is read back from packed pages.
-ATTENTION = {"r": "none"}
+ATTENTION = {"r": "none", "recent": 16}
 SERVED = {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4"}
 
 

@@ -50,7 +50,7 @@ class CacheOptions:
     r: str = "auto"
     v_group: str = "head_dim"
     sink: int = 16
-    recent: int = 16
+    recent: int = 64
     two_level_p: bool = True
     prefill: str = "stored"
     v_scale: float = 1 / 16
