@@ -264,8 +264,9 @@ def along_head(x: torch.Tensor, policy: str | None, scale: float) -> torch.Tenso
     return torch.cat([one_block(part, policy, scale) for part in x.split(16)])
 
 
-def is_stored(j: int, p: int, o: AttentionOptions) -> bool:
-    if j < o.sink:
+def is_stored(j: int, p: int, o: AttentionOptions, first: int) -> bool:
+    """Of token j for the query at p, one of those from `first` on that are computed together."""
+    if j < o.sink or (o.own_chunk and j >= first):
         return False
     if o.v_group == "tokens" and o.incomplete:
         last_of_block = j // 16 * 16 + 15
@@ -294,7 +295,7 @@ def slow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Attenti
                     continue
                 scores = {}
                 for j in tokens:
-                    stored = is_stored(j, p, o)
+                    stored = is_stored(j, p, o, len(k) - len(q))
                     key = along_head(keys[j], o.k, o.k_scale) if stored else keys[j]
                     scores[j] = ((q_stored if stored else queries[i]) @ key).item() * scale
                     if o.logits_soft_cap is not None:
@@ -306,7 +307,7 @@ def slow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Attenti
 
                 row = torch.zeros(o.kv_tile, dtype=torch.float64)
                 for j in tokens:
-                    if is_stored(j, p, o):
+                    if is_stored(j, p, o, len(k) - len(q)):
                         row[j - start] = weights[j]
                     else:
                         acc += weights[j] * values[j]
@@ -315,7 +316,7 @@ def slow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Attenti
                     level = (row.float().max() * torch.tensor(1 / 2688)).item()
                 row = torch.cat([one_block(part, o.p, level) for part in row.split(16)])
                 for j in tokens:
-                    if is_stored(j, p, o):
+                    if is_stored(j, p, o, len(k) - len(q)):
                         acc += row[j - start] * stored_value(values, j, p, o)
             out[i, h] = acc / total
     return out
@@ -348,6 +349,7 @@ def option_sets(draw: st.DrawFn, tokens: int) -> AttentionOptions:
         recent=draw(st.sampled_from([0, 1, 3, 16, 17])) if incomplete else 0,
         incomplete=incomplete,
         two_level_p=draw(st.booleans()),
+        own_chunk=draw(st.booleans()),
         v_scale=draw(st.sampled_from([1.0, 0.01])),
         sliding_window=draw(st.sampled_from([None, 1, 20, 33])),
         logits_soft_cap=draw(st.sampled_from([None, 2.0])),
@@ -465,7 +467,7 @@ def test_tensor_scales_shift_the_range_of_the_block_scales():
 @given(data=st.data(), tokens=st.integers(2, 100))
 def test_outputs_depend_on_positions_alone(data, tokens):
     """Neither on how the sequence is cut, nor on what comes later."""
-    options = data.draw(option_sets(tokens))
+    options = dataclasses.replace(data.draw(option_sets(tokens)), own_chunk=False)
     cuts = sorted(data.draw(st.sets(st.integers(1, tokens - 1), max_size=4)) | {0, tokens})
     q, k, v = random_qkv(tokens, 4, 2, 32, seed=data.draw(st.integers(0, 1000)))
     whole = attention(q, k, v, options)
