@@ -47,14 +47,17 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "K and V (default)": (ours(), (2048, 256, 64, 16, 1)),
     "K and V, own chunk in bf16": (ours(prefill="full_precision"), (2048, 64, 16)),
     "K and V, R from text": (ours(r=TEXT_R), (64,)),
-    "K and V, no R": (ours(r="none"), (64,)),
-    "K and V, absmax": (ours(k="absmax", v="absmax"), (64,)),
-    "K and V, 16 newest": (ours(recent=16), (64, 16)),
-    "K and V, 128 newest": (ours(recent=128), (64,)),
-    "K and V, V's tensor scale 1": (ours(v_scale=1.0), (64,)),
-    "K and V, V along tokens": (ours(v_group="tokens"), (64, 16)),
-    "Q, K, V and P": (ours(operands="qkvp"), (64, 16)),
-    "Q, K, V and P, V along tokens": (ours(operands="qkvp", v_group="tokens"), (64, 16)),
+    "K and V, R from random ids": (ours(r="random"), (64, 16)),
+    "K and V, absmax, R from random ids": (ours(r="random", k="absmax", v="absmax"), (64,)),
+    "K and V, 16 newest, R from random ids": (ours(r="random", recent=16), (64, 16)),
+    "K and V, 128 newest, R from random ids": (ours(r="random", recent=128), (64,)),
+    "K and V, V's tensor scale 1, R from random ids": (ours(r="random", v_scale=1.0), (64,)),
+    "K and V, V along tokens, R from random ids": (ours(r="random", v_group="tokens"), (64, 16)),
+    "Q, K, V and P, R from random ids": (ours(r="random", operands="qkvp"), (64, 16)),
+    "Q, K, V and P, along tokens, R from random ids": (
+        ours(r="random", operands="qkvp", v_group="tokens"),
+        (64, 16),
+    ),
 }
 
 

@@ -16,6 +16,9 @@ __all__ = ["recorded"]  # a fixture
 LAYER = "model.layers.1.self_attn.attn"
 
 
+RANDOM = {**SERVED, "additional_config": {"scalesearch": {"attention": {"r": "random"}}}}
+
+
 def messages(log):
     return [record.getMessage() for record in log.records]
 
@@ -74,7 +77,7 @@ def test_r_is_calibrated_once_and_then_read(engine, tiny, tmp_path, monkeypatch,
     model = tiny("Llama", head_dim=64)
     texts = []
     for run in range(2):
-        llm = engine(model, **SERVED)
+        llm = engine(model, **RANDOM)
         texts.append(generate(llm, [random_prompt(100)]))
         (file,) = (tmp_path / "vllm-scalesearch" / "attention").iterdir()
         said = [m for m in messages(vllm_log) if "scalesearch: R " in m]
@@ -102,7 +105,7 @@ def test_calibration_is_that_of_the_moments(engine, tiny, tmp_path, monkeypatch)
         return collect(self, impl, q, k, v, output)
 
     monkeypatch.setattr(ModelReductions, "collect", record)
-    llm = engine(tiny("Llama", head_dim=64), **SERVED)
+    llm = engine(tiny("Llama", head_dim=64), **RANDOM)
     generate(llm, [random_prompt(20)])
     (file,) = (tmp_path / "vllm-scalesearch" / "attention").iterdir()
     assert len(seen) == 2
@@ -115,6 +118,15 @@ def test_calibration_is_that_of_the_moments(engine, tiny, tmp_path, monkeypatch)
         m_k = torch.einsum("thd,the->hde", k_moved, k_moved)
         m_q = torch.einsum("thgd,thge->hde", q_moved, q_moved)
         assert (m_k - m_q).norm() < 1e-9 * m_k.norm()
+
+
+@pytest.mark.vllm
+def test_without_a_file_there_is_h_alone(engine, tiny, tmp_path, monkeypatch, vllm_log, recorded):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    generate(engine(tiny("Llama", head_dim=64), **SERVED), [random_prompt(100)])
+    assert all(impl.reference.reduction is None and impl.reference.hadamard for impl in recorded[1].values())
+    assert any("no R for this model, H alone" in message for message in messages(vllm_log))
+    assert_is_the_definition(*recorded)
 
 
 @pytest.mark.vllm

@@ -106,7 +106,10 @@ def test_tensor_parallel_attention(tiny, engine, tmp_path, monkeypatch, kv_heads
 
     from vllm_scalesearch import reduction_files
 
-    served = {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4", "max_num_batched_tokens": 16}
+    served = {
+        "attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4", "max_num_batched_tokens": 16,
+        "additional_config": {"scalesearch": {"attention": {"r": "random", "recent": 16}}},
+    }  # fmt: skip
     model = tiny("Llama", head_dim=64, num_key_value_heads=kv_heads)
     files, logprobs = [], []
     for split in (False, True):

@@ -27,8 +27,9 @@ class CacheOptions:
     operands: ``kv``, what lies in the cache and nothing else; or ``qkvp``, the paper's whole algorithm.
     q, k, v, p: scale policy of each (`ScalePolicy`); those of q and p matter for ``qkvp`` only.
     hadamard: multiply queries and keys by H.
-    r: R of each KV head. ``auto``: from the model's file, calibrated on first use where there is none;
-        ``none``: no R; otherwise the path of a file that ``calibrate-attention`` wrote.
+    r: R of each KV head. ``auto``: from the model's file, H alone where there is none; ``random``: the same,
+        but calibrated from random token ids where there is none; ``none``: no R; otherwise the path of a
+        file that ``calibrate-attention`` wrote.
     v_group: ``head_dim`` or ``tokens``, the direction in which V's blocks lie.
     sink, recent: how many of the first and of the newest tokens are kept in 16 bits.
     two_level_p: give each row of a tile of P its own tensor scale.
@@ -73,7 +74,7 @@ class CacheOptions:
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from None
         if not isinstance(self.r, str) or not self.r:
-            raise ValueError(f"'r' is auto, none or a file, got {self.r!r}")
+            raise ValueError(f"'r' is auto, random, none or a file, got {self.r!r}")
         if self.calibration_tokens is not None and self.r == "none":
             raise ValueError("'calibration_tokens' are there to calibrate R from, and 'r' is 'none'")
         scale = self.v_scale
@@ -106,7 +107,7 @@ class CacheOptions:
     @property
     def r_file(self) -> Path | None:
         """The file that `r` names, if it names one."""
-        return None if self.r in ("auto", "none") else Path(self.r)
+        return None if self.r in ("auto", "random", "none") else Path(self.r)
 
     @property
     def window(self) -> int:

@@ -1,13 +1,12 @@
-"""R of all attention layers of one engine: found in a file, or calibrated on first use.
+"""R of all attention layers of one engine: found in a file, or calibrated where that is asked for.
 
-Where no file has R, it is calibrated before the first forward pass of the model (vLLM's memory profiling, or
-the first request): random token ids are run through the model in full precision, each layer adds up the
-second moments of its queries and keys, and the result is kept in the user's cache. Random ids instead of
-text cost little accuracy (README.md has the figures) and need nothing from the user.
+It is calibrated before the first forward pass of the model (vLLM's memory profiling, or the first request):
+token ids, of a text or random ones, are run through the model in full precision, each layer adds up the
+second moments of its queries and keys, and the result is written to a file. Nothing is calibrated unless
+asked for, because only R from text has been seen to gain anything over H alone (README.md has the figures).
 
 Tensor-parallel ranks run the same ids at the same time and share the moments of their heads; rank 0 writes
-the file. A layer that such a pass does not reach, as a drafter's, and every layer under pipeline parallelism,
-where no rank can run the model alone, is left with H alone, which is said in the log.
+the file. A layer that such a pass does not reach, as a drafter's, is left with H alone, as the log says.
 """
 
 import inspect
@@ -79,13 +78,18 @@ class ModelReductions:
             logger.info_once("scalesearch: R from %s (%s)", file, source)
             self._use(name, impl, reduction)
             return
-        if get_pp_group().world_size > 1:
+        if self.options.r == "auto" and self.options.calibration_tokens is None:
             logger.info_once(
-                "scalesearch: no R, H alone: pipeline parallel ranks cannot calibrate. Run "
-                "`vllm-scalesearch calibrate-attention %s` once",
+                "scalesearch: no R for this model, H alone; `vllm-scalesearch calibrate-attention %s "
+                "--text FILE` writes one",
                 self.vllm_config.model_config.model,
             )
             return
+        if get_pp_group().world_size > 1:
+            raise NotImplementedError(
+                "scalesearch: R cannot be calibrated under pipeline parallelism; run `vllm-scalesearch "
+                f"calibrate-attention {self.vllm_config.model_config.model}` once instead"
+            )
         self._waiting[name] = impl
         if self._hook is None:
             self._hook = register_module_forward_pre_hook(self._before_forward)
