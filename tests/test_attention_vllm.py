@@ -128,17 +128,6 @@ def test_short_requests_and_full_precision_everywhere(engine, tiny, recorded):
         assert (output.float() - expected).norm() / expected.norm() < torch.finfo(output.dtype).eps
 
 
-@pytest.mark.parametrize("attention_options", [{}, TOKENS], ids=["head_dim", "tokens"])
-def test_several_queries_a_request(engine, smollm2, attention_options):
-    """Speculative decoding: drafts that are refused leave nothing behind."""
-    prompts = [random_prompt(30, 3, 40000) * 4, random_prompt(90, 4, 40000)]
-    common = dict(max_model_len=256, skip_tokenizer_init=True, max_num_batched_tokens=64)
-    expected = generate(start(engine, smollm2, attention_options, **common), prompts, 40)
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    llm = start(engine, smollm2, attention_options, speculative_config=drafts, **common)
-    assert generate(llm, prompts, 40) == expected
-
-
 # few_blocks: room for two of the requests until they need another block.
 @pytest.mark.parametrize(
     ("attention_options", "few_blocks"), [({}, 16), (TOKENS, 18)], ids=["head_dim", "tokens"]
