@@ -16,7 +16,7 @@ A layer keeps two kinds of pages:
 
 A slot is ``block * block_size + offset``; a negative one is of a token that is not to be written. A token is
 written to both kinds. Along tokens, a tile of V is quantized once its last token arrives, from the
-full-precision page that holds its 16 tokens.
+full-precision pages that hold its 16 tokens.
 """
 
 from dataclasses import dataclass
