@@ -7,13 +7,12 @@ in processes of their own. The references run on the CPU.
 What a step must not read is filled with NaN: packed bytes 0x7F, which is E4M3's NaN, and 16-bit NaN.
 """
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import interpreter
 import pytest
 import torch
 import triton
@@ -39,20 +38,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 def test_on_the_cpu() -> None:
     """All tests that run kernels, in the interpreter, in two processes."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
-    processes = [
-        subprocess.Popen(
-            [*command, names],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for names in ("gives_the_values", "not gives_the_values")
-    ]
-    for output, process in [(process.communicate()[0], process) for process in processes]:
-        assert process.returncode == 0, output
-        assert int(re.search(r"(\d+) passed", output)[1]) > 10, output
+    interpreter.run_tests(__file__, ("gives_the_values", "not gives_the_values"), 10)
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -5,11 +5,10 @@ The interpreter has to be chosen before triton is imported, so `test_on_the_cpu`
 in processes of their own.
 """
 
-import os
 import re
 import subprocess
-import sys
 
+import interpreter
 import pytest
 import torch
 import triton
@@ -49,20 +48,7 @@ DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.f
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 def test_on_the_cpu() -> None:
     """All tests that run kernels, in the interpreter; one process for each format."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
-    processes = [
-        subprocess.Popen(
-            [*command, names],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for names in ("mxfp4", "not mxfp4")
-    ]
-    for output, process in [(process.communicate()[0], process) for process in processes]:
-        assert process.returncode == 0, output
-        assert int(re.search(r"(\d+) passed", output)[1]) > 20, output
+    interpreter.run_tests(__file__, ("mxfp4", "not mxfp4"), 20)
 
 
 # --- data ----------------------------------------------------------------------------------------

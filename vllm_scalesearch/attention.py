@@ -19,7 +19,7 @@ from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.model_reductions import ModelReductions
 from vllm_scalesearch.ops import paged_attention
 from vllm_scalesearch.ops.paged_attention import Step
-from vllm_scalesearch.options import QUANT_METHOD
+from vllm_scalesearch.options import ATTENTION_BACKEND, QUANT_METHOD
 from vllm_scalesearch.transforms import MagnitudeReduction, head_transform
 from vllm_scalesearch.vllm_api import (
     AttentionBackend,
@@ -38,8 +38,7 @@ from vllm_scalesearch.vllm_api import (
     init_logger,
 )
 
-NAME = "SCALESEARCH"
-PATH = "vllm_scalesearch.attention.ScaleSearchAttentionBackend"
+NAME = ATTENTION_BACKEND
 KV_CACHE_DTYPE = "nvfp4"
 HEAD_SIZES = (64, 96, 128, 256)
 BLOCK_SIZES = range(BLOCK, 129, BLOCK)

@@ -10,6 +10,8 @@ from typing import Any
 from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.cpu import CpuPlatform
 
+from vllm_scalesearch.options import ATTENTION_BACKEND
+
 
 def platform() -> str | None:
     """Entry point ``vllm.platform_plugins``: this platform where vLLM would take its own for CPUs."""
@@ -37,15 +39,15 @@ class ScaleSearchCpuPlatform(CpuPlatform):
         """
         if not _selected(selected_backend):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        from vllm_scalesearch.attention import PATH, ScaleSearchAttentionBackend
+        from vllm_scalesearch.attention import ScaleSearchAttentionBackend
 
         reasons = ScaleSearchAttentionBackend.validate_configuration(
             device_capability=None, **attn_selector_config._asdict()
         )
         if reasons:
             raise ValueError(f"Attention backend SCALESEARCH cannot run this: {'; '.join(reasons)}")
-        return PATH
+        return selected_backend.get_path()
 
 
 def _selected(backend: Any) -> bool:
-    return getattr(backend, "name", None) == "SCALESEARCH"
+    return getattr(backend, "name", None) == ATTENTION_BACKEND

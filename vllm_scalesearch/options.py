@@ -14,6 +14,7 @@ from vllm_scalesearch.formats import BlockFormat, format_named
 from vllm_scalesearch.search import ScalePolicy
 
 QUANT_METHOD = "scalesearch"
+ATTENTION_BACKEND = "SCALESEARCH"
 CPU_STORAGES = ("dense", "packed")
 
 

@@ -2,6 +2,8 @@
 
 import copyreg
 
+from vllm_scalesearch.options import ATTENTION_BACKEND, QUANT_METHOD
+
 
 def register() -> None:
     """Register quantization `scalesearch` and attention backend `SCALESEARCH` with vLLM.
@@ -10,7 +12,6 @@ def register() -> None:
     that is there already is left alone.
     """
     from vllm_scalesearch.config import ScaleSearchConfig
-    from vllm_scalesearch.options import QUANT_METHOD
     from vllm_scalesearch.vllm_api import AttentionBackendEnum, register_quantization_config
 
     register_quantization_config(QUANT_METHOD)(ScaleSearchConfig)
@@ -23,13 +24,14 @@ def attention_backend():
     """The member of vLLM's list of attention backends that stands for SCALESEARCH."""
     from vllm_scalesearch.vllm_api import AttentionBackendEnum
 
-    name, path = "SCALESEARCH", "vllm_scalesearch.attention.ScaleSearchAttentionBackend"
-    if name not in AttentionBackendEnum.__members__:
-        AttentionBackendEnum.register(name, path)
-    return AttentionBackendEnum[name]
+    if ATTENTION_BACKEND not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(
+            ATTENTION_BACKEND, "vllm_scalesearch.attention.ScaleSearchAttentionBackend"
+        )
+    return AttentionBackendEnum[ATTENTION_BACKEND]
 
 
 def _reduce(member):
-    if member.name == "SCALESEARCH":
+    if member.name == ATTENTION_BACKEND:
         return attention_backend, ()
     return type(member), (member.value,)

@@ -7,8 +7,6 @@ from vllm._custom_ops import cutlass_scaled_fp4_mm
 from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import (
     get_pp_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
     get_tp_group,
 )
 from vllm.forward_context import get_forward_context, set_forward_context
@@ -97,7 +95,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager, register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
@@ -127,7 +125,6 @@ __all__ = [
     "HummingNvFp4LinearKernel",
     "KVCacheBlock",
     "KVCacheLayout",
-    "KVCacheSpec",
     "LinearBase",
     "LinearMethodBase",
     "MarlinExperts",
@@ -165,8 +162,6 @@ __all__ = [
     "get_current_vllm_config_or_none",
     "get_forward_context",
     "get_pp_group",
-    "get_tensor_model_parallel_rank",
-    "get_tensor_model_parallel_world_size",
     "get_tp_group",
     "init_logger",
     "init_mxfp4_linear_kernel",

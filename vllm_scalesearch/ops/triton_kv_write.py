@@ -417,19 +417,26 @@ def _rule_constants(prefix: str, policy: ScalePolicy | str | None) -> dict:
     return {f"{prefix}RULE": rule, f"{prefix}OFFSETS": offsets}
 
 
-def write_constants(
-    layout: PageLayout, full_page: int, options: AttentionOptions, tokens: int, hw_e2m1: bool
-) -> dict:
-    """How `_write_kernel` is compiled."""
+def page_constants(layout: PageLayout, full_page: int) -> dict:
+    """What kernels are compiled with of the pages; `full_page` is the tokens of a 16-bit one."""
     _, k_scales, v_codes, v_scales = layout.offsets
     return dict(
-        **_sizes(layout.head_size),
         PAGE=layout.block_size,
         FULL_PAGE=full_page,
         K_SCALES=k_scales,
         V_CODES=v_codes,
         V_SCALES=v_scales,
         V_ALONG_TOKENS=layout.v_group == "tokens",
+    )
+
+
+def write_constants(
+    layout: PageLayout, full_page: int, options: AttentionOptions, tokens: int, hw_e2m1: bool
+) -> dict:
+    """How `_write_kernel` is compiled."""
+    return dict(
+        **_sizes(layout.head_size),
+        **page_constants(layout, full_page),
         **_rule_constants("K_", options.k),
         **_rule_constants("V_", options.v),
         TOKENS=_rows(tokens, layout.head_size),

@@ -36,6 +36,7 @@ from vllm_scalesearch.ops.triton_kv_write import (
     _rule_constants,
     check_cache,
     check_queries,
+    page_constants,
 )
 from vllm_scalesearch.ops.triton_quantize import (
     _decode_e4m3,
@@ -547,7 +548,6 @@ def attention_constants(
     most = 8192 // max(wide, 128) * (2 if large else 1)
     rows = min(triton.next_power_of_2(group * max_query_len), most)
     rows = max(rows, triton.next_power_of_2(group), BLOCK)
-    _, k_scales, v_codes, v_scales = layout.offsets
     constants = dict(
         GROUP=group,
         D=layout.head_size,
@@ -555,12 +555,7 @@ def attention_constants(
         ROWS=rows,
         QUERIES=rows // group,
         TILE=options.kv_tile,
-        PAGE=layout.block_size,
-        FULL_PAGE=full_page,
-        K_SCALES=k_scales,
-        V_CODES=v_codes,
-        V_SCALES=v_scales,
-        V_ALONG_TOKENS=layout.v_group == "tokens",
+        **page_constants(layout, full_page),
         SINK=options.sink,
         RECENT=options.recent,
         WINDOW=options.sliding_window or 0,
