@@ -5,11 +5,11 @@ A layer keeps two kinds of pages:
 * **Packed pages** hold every token as NVFP4: 4.5 bits a value. Of one KV head, a page of N tokens is
   ``9 * D / 8 * N`` bytes: codes of K, scales of K, codes of V, scales of V, each as below.
 
-      K codes   (N, D / 2)    two E2M1 codes a byte along head_dim, even channel low
-      K scales  (N, D / 16)   E4M3
+      K codes   (N, D / 2)    two E2M1 codes a byte along head_dim, in the order of `k_order`
+      K scales  (N, D / 16)   E4M3, in the order of channels
       V codes   (N, D / 2)    V along head_dim: as K
-                (N / 16, D, 8)    V along tokens: tile, channel, 16 tokens of two a byte, even token low
-      V scales  (N, D / 16)   or (N / 16, D)
+                (N / 16, D * 8)   V along tokens: of a tile of 16 tokens all channels, in the order of `v_order`
+      V scales  (N, D / 16)   or (N / 16, D), in the order of `v_scale_order`
 
 * **Full-precision pages** hold the sink and the newest tokens in 16 bits, (M, 2 * D) of a KV head: a token's
   transformed key, then its value. Which tokens have one is for the cache's manager to say (kv_cache.py).
@@ -17,25 +17,92 @@ A layer keeps two kinds of pages:
 A slot is ``block * block_size + offset``; a negative one is of a token that is not to be written. A token is
 written to both kinds. Along tokens, a tile of V is quantized once its last token arrives, from the
 full-precision pages that hold its 16 tokens.
+
+**The order of codes** is that of the operands of the tensor cores' ``mma.m16n8k32``, so that a thread reads
+just what it multiplies, in loads of up to 16 bytes, and widens E2M1 to E4M3 by moving bits. Lane ``4 * g + t``
+of a warp (g in 0..7, t in 0..3) holds registers of four bytes i in 0..3: those at ``4 * t + i`` of 16 products,
+of row g, or column g of the right operand; others are of the second 16 products of the 32, or of row g + 8. A
+word of 32 bits here is two such registers, one in its low nibbles, one in its high ones. Products with K run
+along channels, and the two are of two blocks of 16. Those with V along tokens have channels for rows, and the
+two are of rows g and g + 8.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from vllm_scalesearch.attention_reference import BLOCK, V_GROUPS
-from vllm_scalesearch.formats import NVFP4, QuantizedTensor
+from vllm_scalesearch.formats import NVFP4, QuantizedTensor, pack_e2m1, unpack_e2m1
 from vllm_scalesearch.search import ScalePolicy, quantize
 
 # What a row of 16 values takes, of 16: 8 bytes of codes and one of scale.
 _BYTES_PER_BLOCK = BLOCK // 2 + 1
+# Channels of K that a product takes at once.
+_PRODUCT = 32
+# Groups of 16 channels of V along tokens that lie together, so that a lane has 16 bytes of them.
+_CHUNK = 4
+
+
+# --- orders --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def k_order(head_size: int) -> torch.Tensor:
+    """The channel of each code of a token, (D,) int64: byte p holds those at 2 p (low nibble) and 2 p + 1.
+
+    Byte p is ``t * D / 8 + 4 * j + i``, t and i in 0..3: channels ``32 * j + 4 * t + i`` and 16 more.
+    """
+    t, j, i, half = _grid(4, head_size // _PRODUCT, 4, 2)
+    return (_PRODUCT * j + BLOCK * half + 4 * t + i).flatten()
+
+
+@functools.cache
+def v_order(head_size: int) -> torch.Tensor:
+    """``16 * channel + token`` of each code of a tile of V along tokens, (16 * D,) int64, as in `k_order`.
+
+    Groups m of 16 channels come in chunks of 4, the last one of what is left. In a chunk of w groups from 4 c
+    on, which begins at byte ``512 * c``, byte ``(4 * g + t) * 4 * w + (m - 4 * c) * 4 + i`` holds token
+    ``4 * t + i`` of channels ``16 * m + g`` and 8 more.
+    """
+    chunks = []
+    for first in range(0, head_size // BLOCK, _CHUNK):
+        groups = min(_CHUNK, head_size // BLOCK - first)
+        g, t, m, i, half = _grid(8, 4, groups, 4, 2)
+        channel = BLOCK * (first + m) + 8 * half + g
+        chunks.append((BLOCK * channel + 4 * t + i).flatten())
+    return torch.cat(chunks)
+
+
+@functools.cache
+def v_scale_order(head_size: int) -> torch.Tensor:
+    """The channel of each scale of a tile of V along tokens, (D,) int64.
+
+    With M = D / 16, byte ``g * 2 * M + 2 * m + half`` is of channel ``16 * m + 8 * half + g``: the scales of
+    the rows of a lane, one after the other.
+    """
+    g, m, half = _grid(8, head_size // BLOCK, 2)
+    return (BLOCK * m + 8 * half + g).flatten()
+
+
+def _grid(*sizes: int) -> tuple[torch.Tensor, ...]:
+    """Indices of an array of this shape, each of that shape."""
+    return torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
+
+
+def _in_order(packed: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Packed codes, of which code i is the one that was at order[i]."""
+    return pack_e2m1(unpack_e2m1(packed)[..., order])
+
+
+# --- pages ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PageLayout:
     """Where things lie in a packed page.
 
-    block_size: tokens of a page, a multiple of 16. head_size: D, a multiple of 16.
+    block_size: tokens of a page, a multiple of 16. head_size: D, a multiple of 32.
     v_group: ``head_dim`` or ``tokens``. Raises ValueError for anything else.
     """
 
@@ -44,10 +111,10 @@ class PageLayout:
     v_group: str = "head_dim"
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "head_size"):
+        for name, unit in (("block_size", BLOCK), ("head_size", _PRODUCT)):
             value = getattr(self, name)
-            if value < BLOCK or value % BLOCK:
-                raise ValueError(f"packed KV pages: {name} must be a multiple of {BLOCK}, got {value}")
+            if value < unit or value % unit:
+                raise ValueError(f"packed KV pages: {name} must be a multiple of {unit}, got {value}")
         if self.v_group not in V_GROUPS:
             raise ValueError(f"unknown v_group {self.v_group!r}; there are {', '.join(V_GROUPS)}")
 
@@ -63,7 +130,7 @@ class PageLayout:
         return 0, codes, codes + scales, 2 * codes + scales
 
     def parts(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of K's codes, K's scales, V's codes and V's scales, each (blocks, heads, ...), uint8.
+        """Views of K's codes, K's scales, V's codes and V's scales, as stored: (blocks, heads, ...), uint8.
 
         pages: (blocks, heads, block_size, bytes_per_token) uint8, of which the last two dimensions are
         contiguous. Raises ValueError for another shape or order.
@@ -93,7 +160,7 @@ class PageLayout:
         return (
             part(k, n, d // 2),
             part(ks, n, d // BLOCK),
-            part(v, n // BLOCK, d, BLOCK // 2) if along_tokens else part(v, n, d // 2),
+            part(v, n // BLOCK, d * BLOCK // 2) if along_tokens else part(v, n, d // 2),
             part(vs, n // BLOCK, d) if along_tokens else part(vs, n, d // BLOCK),
         )
 
@@ -129,7 +196,7 @@ def write(
         rows, policies, scales = [k, v], [k_policy, v_policy], [1.0, v_scale]
         targets.append((v_codes, v_scales))
     for (codes, block_scales), packed in zip(targets, _quantized(rows, policies, scales), strict=True):
-        codes[block, :, offset] = packed.packed
+        codes[block, :, offset] = _in_order(packed.packed, k_order(layout.head_size))
         block_scales[block, :, offset] = packed.scales.view(torch.uint8)
 
 
@@ -164,8 +231,8 @@ def write_tiles(
     _, _, v_codes, v_scales = layout.parts(pages)
     columns = values.permute(0, 2, 3, 1).contiguous()  # (tiles, Hkv, D, 16)
     packed = quantize(columns, NVFP4, v_policy, tensor_scale=_scale(v_scale, columns))
-    v_codes[block, :, tile] = packed.packed
-    v_scales[block, :, tile] = packed.scales.view(torch.uint8).squeeze(-1)
+    v_codes[block, :, tile] = _in_order(packed.packed.flatten(-2), v_order(layout.head_size))
+    v_scales[block, :, tile] = packed.scales.view(torch.uint8).squeeze(-1)[..., v_scale_order(layout.head_size)]
 
 
 def read(
@@ -177,9 +244,12 @@ def read(
     that is finite or NaN.
     """
     k_codes, k_scales, v_codes, v_scales = (part[blocks].transpose(0, 1) for part in layout.parts(pages))
-    k = _values(k_codes, k_scales, 1.0).flatten(1, 2)
+    channels = k_order(layout.head_size).argsort()
+    k = _values(_in_order(k_codes, channels), k_scales, 1.0).flatten(1, 2)
     if layout.v_group == "head_dim":
-        return k, _values(v_codes, v_scales, v_scale).flatten(1, 2)
+        return k, _values(_in_order(v_codes, channels), v_scales, v_scale).flatten(1, 2)
+    v_codes = _in_order(v_codes, v_order(layout.head_size).argsort()).unflatten(-1, (layout.head_size, -1))
+    v_scales = v_scales[..., v_scale_order(layout.head_size).argsort()]
     v = _values(v_codes, v_scales.unsqueeze(-1), v_scale)  # (Hkv, blocks, tiles, D, 16)
     return k, v.transpose(-1, -2).flatten(1, 3)
 

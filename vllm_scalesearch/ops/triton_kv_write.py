@@ -112,14 +112,25 @@ def _block_values(y, best, finite, HW_E2M1: tl.constexpr):
 
 @triton.jit
 def _write_packed(
-    x, reciprocal, codes_ptr, codes, scales_ptr, scales, keep, RULE: tl.constexpr, OFFSETS: tl.constexpr,
-    HW_E2M1: tl.constexpr, BLOCKS: tl.constexpr,
+    x, reciprocal, codes_ptr, codes, keep_codes, scales_ptr, scales, keep, RULE: tl.constexpr,
+    OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr, BLOCKS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Quantize the blocks x; each one's two words of codes go to `codes`, its scale to `scales`."""
+    """Quantize the blocks x; the codes of two together go to four words of `codes`, scales to `scales`.
+
+    Of each 2 * APART blocks, those of the first half go with those of the second, in order; codes
+    (BLOCKS // 2, 4) and keep_codes are of such pairs. Byte i of word t holds value 4 t + i of both blocks, the
+    first's in its low nibble.
+    """
     y, _, best, finite = _winners(x, reciprocal, True, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
     _, scale_reciprocal = _scale_pair(best, best, True)
     words = _packed_words(y, _bits(x) & _SIGN, scale_reciprocal, finite, HW_E2M1, BLOCKS, 2)
-    tl.store(codes_ptr + codes[:, None] + tl.arange(0, 2)[None, :], words, mask=keep[:, None])
+    # Four nibbles, each in a byte of its own, and those of the second of two blocks above the first's.
+    nibbles = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
+    nibbles = (nibbles | (nibbles << 8)) & 0x00FF00FF
+    nibbles = (nibbles | (nibbles << 4)) & 0x0F0F0F0F
+    nibbles <<= (tl.arange(0, BLOCKS) // APART % 2 * 4)[:, None, None]
+    pairs = tl.sum(tl.reshape(nibbles, (BLOCKS // (2 * APART), 2, APART, 4)), 1)
+    tl.store(codes_ptr + codes, tl.reshape(pairs, (BLOCKS // 2, 4)), mask=keep_codes[:, None])
     tl.store(scales_ptr + scales, tl.where(finite, best, 0x7F).to(tl.uint8), mask=keep)
 
 
@@ -158,8 +169,16 @@ def _write_kernel(
 
     codes_ptr = pages_ptr.to(tl.pointer_type(tl.int32))
     part = slot // PAGE * page_words + head * head_words
-    code = part + slot % PAGE * (D // 8) + channel // 8
     scale = part * 4 + slot % PAGE * (D // 16) + channel // 16
+
+    # Codes go by pairs of blocks.
+    pair = tl.arange(0, BLOCKS // 2)
+    token_of_pair = first + pair // (EACH // 2)
+    pair %= EACH // 2
+    slot = tl.load(slots_ptr + token_of_pair, mask=token_of_pair < tokens, other=-1).to(tl.int64)
+    keep_codes = (slot >= 0) & (pair < D // 32)
+    code = slot // PAGE * page_words + head * head_words + slot % PAGE * (D // 8) + pair
+    code = code[:, None] + (tl.arange(0, 4) * (D // 32))[None, :]
 
     k_ptr += head * k_head_stride
     if matrix_ptr is not None:
@@ -173,16 +192,17 @@ def _write_kernel(
         x = _load_tile(k_ptr, None, None, 1.0, 0, rows, keep[:, None], "plain", BLOCKS, 2)
     _store_tile(full_ptr, _narrow_exact(x, DTYPE), full_at, keep[:, None], BLOCKS, 2)
     _write_packed(
-        x, 1.0, codes_ptr, code, pages_ptr + K_SCALES, scale, keep, K_RULE, K_OFFSETS, HW_E2M1, BLOCKS
-    )
+        x, 1.0, codes_ptr, code, keep_codes, pages_ptr + K_SCALES, scale, keep,
+        K_RULE, K_OFFSETS, HW_E2M1, BLOCKS, 1,
+    )  # fmt: skip
 
     rows = head * v_head_stride + token.to(tl.int64)[:, None] * v_stride + columns
     x = _load_tile(v_ptr, None, None, 1.0, 0, rows, keep[:, None], "plain", BLOCKS, 2)
     _store_tile(full_ptr + D, _narrow_exact(x, DTYPE), full_at, keep[:, None], BLOCKS, 2)
     if not V_ALONG_TOKENS:
         _write_packed(
-            x, tl.div_rn(1.0, v_scale), codes_ptr + V_CODES // 4, code, pages_ptr + V_SCALES, scale, keep,
-            V_RULE, V_OFFSETS, HW_E2M1, BLOCKS,
+            x, tl.div_rn(1.0, v_scale), codes_ptr + V_CODES // 4, code, keep_codes, pages_ptr + V_SCALES, scale,
+            keep, V_RULE, V_OFFSETS, HW_E2M1, BLOCKS, 1,
         )  # fmt: skip
 
 
@@ -219,11 +239,19 @@ def _write_tiles_kernel(
 
         page = tl.load(block_table_ptr + request.to(tl.int64) * table_stride + tile * 16 // PAGE).to(tl.int64)
         part = page * page_words + head * head_words
-        column = tile * 16 % PAGE // 16 * D + channel
+        first = tile * 16 % PAGE // 16 * D
+        # Channels 16 m + g and 8 more have their codes in the words of pair 8 m + g.
+        GROUPS: tl.constexpr = D // 16
+        pair = tl.arange(0, WIDE // 2)
+        group = pair // 8
+        chunk = group // 4
+        lane = (pair % 8 * 4)[:, None] + tl.arange(0, 4)[None, :]
+        code = lane * tl.minimum(GROUPS - chunk * 4, 4)[:, None] + (chunk * 128 + group % 4)[:, None]
+        scale = channel % 8 * (2 * GROUPS) + channel // 16 * 2 + channel // 8 % 2
         _write_packed(
             tl.join(low, high), tl.div_rn(1.0, v_scale),
-            pages_ptr.to(tl.pointer_type(tl.int32)) + V_CODES // 4, part + column * 2,
-            pages_ptr + V_SCALES, part * 4 + column, keep, RULE, OFFSETS, HW_E2M1, WIDE,
+            pages_ptr.to(tl.pointer_type(tl.int32)) + V_CODES // 4, part + first * 2 + code, group < GROUPS,
+            pages_ptr + V_SCALES, part * 4 + first + scale, keep, RULE, OFFSETS, HW_E2M1, WIDE, 8,
         )  # fmt: skip
 
 

@@ -103,20 +103,22 @@ def _value(word, scale, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _decoded(word, code, ROWS: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Words of eight E2M1 codes (ROWS, WIDE // 8) under scale codes of that shape: (ROWS, WIDE) in DTYPE."""
-    scale = _operand_scale(code)
+def _decoded(word, scales):
+    """fp32 values of words of eight E2M1 codes: (*words, 2, 2, 2), a word's four bytes, then their nibbles.
+
+    scales: in words' shape, the scale code of the low nibbles in the low byte, of the high ones in the next.
+    """
+    low = _operand_scale(scales & 0xFF)
+    high = _operand_scale(scales >> 8)
     # Joined so that the last bit of an element's index comes last; a thread has all eight.
     even = tl.join(
-        tl.join(_value(word, scale, 0), _value(word, scale, 4)),
-        tl.join(_value(word, scale, 2), _value(word, scale, 6)),
+        tl.join(_value(word, low, 0), _value(word, low, 4)), tl.join(_value(word, low, 2), _value(word, low, 6))
     )
     odd = tl.join(
-        tl.join(_value(word, scale, 1), _value(word, scale, 5)),
-        tl.join(_value(word, scale, 3), _value(word, scale, 7)),
+        tl.join(_value(word, high, 1), _value(word, high, 5)),
+        tl.join(_value(word, high, 3), _value(word, high, 7)),
     )
-    # Rounded last, since Triton 3.6 fails on a reshape right in front of an operand on Hopper.
-    return _narrow_exact(tl.reshape(tl.join(even, odd), (ROWS, WIDE)), DTYPE)
+    return tl.join(even, odd)
 
 
 @triton.jit
@@ -124,23 +126,32 @@ def _stored_rows(
     codes_ptr, scales_ptr, table_ptr, token, keep, page_words, D: tl.constexpr, WIDE: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Stored tokens whose blocks lie along head_dim: (TILE, WIDE), 0 where not kept."""
+    """Stored tokens whose blocks lie along head_dim: (TILE, WIDE), 0 where not kept.
+
+    scales_ptr: of pairs of scales, 16 bits.
+    """
+    PAIRS: tl.constexpr = WIDE // 32
     word = tl.arange(0, WIDE // 8)
-    mask = (word < D // 8)[None, :]
+    pair = word % PAIRS
+    mask = (pair < D // 32)[None, :]
     if MASKED:
         page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
         mask &= keep[:, None]
     else:
         page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
-    codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + word[None, :]
-    scales = scales_ptr + (page * 4 + token % PAGE * (D // 16))[:, None] + (word // 2)[None, :]
+    codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + (word // PAIRS * (D // 32) + pair)[None, :]
+    scales = scales_ptr + (page * 2 + token % PAGE * (D // 32))[:, None] + pair[None, :]
     if MASKED or D != WIDE:
         codes = tl.load(codes, mask=mask, other=0)
         scales = tl.load(scales, mask=mask, other=0)
     else:
         codes = tl.load(codes)
         scales = tl.load(scales)
-    return _decoded(codes, scales.to(tl.int32), TILE, WIDE, DTYPE)
+    # Words (4 of a row, of each pair of blocks), bytes, nibbles: to channels.
+    values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE, 4, PAIRS, 4, 2))
+    values = tl.reshape(tl.permute(values, (0, 2, 4, 1, 3)), (TILE, WIDE))
+    # Rounded last, since Triton 3.6 fails on a reshape right in front of an operand on Hopper.
+    return _narrow_exact(values, DTYPE)
 
 
 @triton.jit
@@ -150,27 +161,39 @@ def _stored_columns(
 ):  # fmt: skip
     """TILE stored values from token `start`, whose blocks lie along tokens: (TILE, WIDE).
 
-    Those of eight tokens of which none is in [low, high) are 0.
+    Those of 16 tokens of which none is in [low, high) are 0. scales_ptr: of pairs of scales, 16 bits.
     """
-    channel = tl.arange(0, WIDE)
-    token = start + tl.arange(0, TILE // 8) * 8
-    mask = (channel < D)[:, None]
+    GROUPS: tl.constexpr = D // 16
+    CHUNK: tl.constexpr = 4 if WIDE >= 64 else 2
+    CHUNKS: tl.constexpr = WIDE // 16 // CHUNK
+    word = tl.arange(0, 2 * WIDE)
+    chunk = word // (32 * CHUNK)
+    lane = word // CHUNK % 32
+    group = chunk * CHUNK + word % CHUNK
+    if D != WIDE:
+        # The last chunk may have fewer groups.
+        word = chunk * 128 + lane * tl.minimum(GROUPS - chunk * 4, 4) + word % CHUNK
+    token = start + tl.arange(0, TILE // 16) * 16
+    mask = (group < GROUPS)[None, :]
     if MASKED:
-        keep = (token + 8 > low) & (token < high)
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64)
-        mask &= keep[None, :]
+        keep = (token + 16 > low) & (token < high)
+        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
+        mask &= keep[:, None]
     else:
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64)
-    column = (token % PAGE // 16 * D)[None, :] + channel[:, None]
-    codes = codes_ptr + (page * page_words)[None, :] + column * 2 + (token // 8 % 2)[None, :]
-    scales = scales_ptr + (page * page_words * 4)[None, :] + column
+        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
+    tile = token % PAGE // 16
+    codes = codes_ptr + (page + tile * (2 * D))[:, None] + word[None, :]
+    scales = scales_ptr + (page * 2 + tile * (D // 2))[:, None] + (lane // 4 * GROUPS + group)[None, :]
     if MASKED or D != WIDE:
         codes = tl.load(codes, mask=mask, other=0)
         scales = tl.load(scales, mask=mask, other=0)
     else:
         codes = tl.load(codes)
         scales = tl.load(scales)
-    return tl.trans(_decoded(codes, scales.to(tl.int32), WIDE, TILE, DTYPE))
+    # Tiles, words (chunk, lane's row and column, group), bytes, nibbles: to channels and tokens.
+    values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE // 16, CHUNKS, 8, 4, CHUNK, 4, 2))
+    values = tl.reshape(tl.permute(values, (1, 4, 6, 2, 0, 3, 5)), (WIDE, TILE))
+    return tl.trans(_narrow_exact(values, DTYPE))
 
 
 @triton.jit
@@ -186,10 +209,11 @@ def _stored_tile(
     token = start + tl.arange(0, TILE)
     keep = (token >= low) & (token < high)
     k = _stored_rows(
-        codes_ptr, scales_ptr + K_SCALES, table_ptr, token, keep, page_words, D, WIDE, PAGE, TILE, MASKED, DTYPE
-    )
+        codes_ptr, scales_ptr + K_SCALES // 2, table_ptr, token, keep, page_words, D, WIDE, PAGE, TILE, MASKED,
+        DTYPE,
+    )  # fmt: skip
     codes_ptr += V_CODES // 4
-    scales_ptr += V_SCALES
+    scales_ptr += V_SCALES // 2
     if V_ALONG_TOKENS:
         v = _stored_columns(
             codes_ptr, scales_ptr, table_ptr, start, low, high, page_words, D, WIDE, PAGE, TILE, MASKED, DTYPE
@@ -361,7 +385,7 @@ def _attention_kernel(
     full_table_ptr = full_block_table_ptr + request.to(tl.int64) * full_table_stride
     full_ptr += head * full_head_stride
     codes_ptr = pages_ptr.to(tl.pointer_type(tl.int32)) + head * head_words
-    scales_ptr = pages_ptr + head * head_words * 4
+    scales_ptr = pages_ptr.to(tl.pointer_type(tl.uint16)) + head * head_words * 2
 
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
