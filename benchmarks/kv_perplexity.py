@@ -11,7 +11,6 @@ one, which is a lower bound of the whole.
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -22,13 +21,11 @@ import report
 import torch
 from perplexity import add_text_options, load_windows
 
+from vllm_scalesearch import evaluation
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-TOP = 64
-Scores = tuple[torch.Tensor, list[dict[int, float]]]
-
 
 # Stands for the file that --text-r names.
 TEXT_R = "text"
@@ -61,47 +58,10 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def scores(model: Path, engine: dict[str, Any], chunk: int, windows: list[list[int]]) -> Scores:
-    """Loss of every token after a window's first, in nats, and the log probabilities of the likeliest there."""
-    from vllm import LLM, SamplingParams
-
+def scores(model: Path, engine: dict[str, Any], chunk: int, windows: list[list[int]]) -> evaluation.Scores:
     if torch.cuda.is_available():
         engine = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.2, **engine}
-    llm = LLM(
-        str(model),
-        enforce_eager=True,
-        max_model_len=len(windows[0]) + 1,
-        max_num_batched_tokens=chunk,
-        max_num_seqs=1,
-        max_logprobs=TOP,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        **engine,
-    )
-    params = SamplingParams(max_tokens=1, prompt_logprobs=TOP, detokenize=False)
-    losses, likeliest = [], []
-    for window in windows:
-        (output,) = llm.generate([{"prompt_token_ids": window}], params, use_tqdm=False)
-        for position, token in zip(output.prompt_logprobs[1:], window[1:], strict=True):
-            losses.append(-position[token].logprob)
-            likeliest.append({i: found.logprob for i, found in position.items() if found.rank <= TOP})
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.tensor(losses, dtype=torch.float64), likeliest
-
-
-def divergence(reference: list[dict[int, float]], found: list[dict[int, float]]) -> torch.Tensor:
-    """KL divergence of each token's distribution from the reference's, over what both know."""
-    result = []
-    for p, q in zip(reference, found, strict=True):
-        common = [(math.exp(p[i]), p[i], q[i]) for i in p if i in q]
-        total = sum(weight * (a - b) for weight, a, b in common)
-        p_rest = max(1 - sum(weight for weight, _, _ in common), 1e-9)
-        q_rest = max(1 - sum(math.exp(b) for _, _, b in common), 1e-9)
-        result.append(total + p_rest * math.log(p_rest / q_rest))
-    return torch.tensor(result, dtype=torch.float64)
+    return evaluation.score(model, {"enforce_eager": True, **engine}, windows, chunk=chunk)
 
 
 def main() -> None:
@@ -134,20 +94,19 @@ def main() -> None:
         engine = RUNS[label][0]
         if label == "K and V, R from text":
             engine = ours(r=str(args.text_r.absolute()))
-        losses, likeliest = scores(model, engine, min(chunk, args.length), text)
+        run = scores(model, engine, min(chunk, args.length), text)
         if label == "bf16":
-            references[alone] = losses, likeliest
-        base, distribution = references[alone]
-        kl, difference = divergence(distribution, likeliest), losses - base
+            references[alone] = run
+        over = evaluation.compare(references[alone], run)
         found = {
             "cache": label,
             "chunk": chunk,
-            "tokens": len(losses),
-            "perplexity": math.exp(losses.mean()),
-            "nats_over_bf16": difference.mean().item(),
-            "standard_error": (difference.std() / math.sqrt(len(difference))).item(),
-            "kl_nats": kl.mean().item(),
-            "kl_standard_error": (kl.std() / math.sqrt(len(kl))).item(),
+            "tokens": len(run.losses),
+            "perplexity": run.perplexity,
+            "nats_over_bf16": over["nats"],
+            "standard_error": over["nats_error"],
+            "kl_nats": over["kl"],
+            "kl_standard_error": over["kl_error"],
         }
         results.append(found)
         print(*cells(found), sep="  ", flush=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import report
-import torch
+
+from vllm_scalesearch import evaluation
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -34,30 +35,12 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def token_losses(model: Path, options: dict[str, Any] | None, windows: list[list[int]]) -> torch.Tensor:
-    """Negative log probability of every scored token, fp64, in nats."""
-    from vllm import LLM, SamplingParams
-
-    quantization = {} if options is None else {
-        "quantization": "scalesearch",
-        "additional_config": {"scalesearch": options},
-    }  # fmt: skip
-    llm = LLM(
-        str(model),
-        enforce_eager=True,
-        max_model_len=len(windows[0]) + 1,
-        disable_log_stats=True,
-        **quantization,
-    )
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": window} for window in windows], params)
-    losses = [
-        -position[token].logprob
-        for output, window in zip(outputs, windows, strict=True)
-        for position, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)
-    ]
-    llm.llm_engine.engine_core.shutdown()
-    return torch.tensor(losses, dtype=torch.float64)
+def engine_arguments(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM` for options of quantization scalesearch, or for none."""
+    if options is None:
+        return {"enforce_eager": True}
+    arguments = {"quantization": "scalesearch", "additional_config": {"scalesearch": options}}
+    return {"enforce_eager": True, **arguments}
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -75,11 +58,10 @@ def load_windows(args: argparse.Namespace) -> tuple[Path, list[list[int]]]:
 
     model = args.model or smollm2.fetch()
     ids = AutoTokenizer.from_pretrained(model)(args.text.read_text()).input_ids
-    if len(ids) < args.windows * args.length:
-        raise SystemExit(
-            f"{args.text} has {len(ids)} tokens, fewer than {args.windows} windows of {args.length}"
-        )
-    return model, [ids[i * args.length : (i + 1) * args.length] for i in range(args.windows)]
+    try:
+        return model, evaluation.windows_of(ids, args.length, args.windows)
+    except ValueError as error:
+        raise SystemExit(f"{args.text}: {error}") from None
 
 
 def main() -> None:
@@ -93,19 +75,18 @@ def main() -> None:
     rows, results = [], {}
     reference = None
     for label in args.configs:
-        losses = token_losses(model, CONFIGS[label], windows)
-        perplexity = math.exp(losses.mean())
-        results[label] = {"perplexity": perplexity, "tokens": len(losses)}
-        cells = [label, f"{perplexity:.2f}"]
+        found = evaluation.score(model, engine_arguments(CONFIGS[label]), windows, top=0)
+        results[label] = {"perplexity": found.perplexity, "tokens": len(found.losses)}
+        cells = [label, f"{found.perplexity:.2f}"]
         if label == "bf16":
-            reference = losses
+            reference = found
         elif reference is not None:
-            difference = losses - reference
-            mean, error = difference.mean().item(), (difference.std() / math.sqrt(len(difference))).item()
+            over = evaluation.compare(reference, found)
+            mean, error = over["nats"], over["nats_error"]
             results[label] |= {"nats_over_bf16": mean, "standard_error": error}
             cells += [f"{math.exp(mean) - 1:+.1%}", f"{mean:+.4f} +- {error:.4f}"]
         rows.append(cells + [""] * (4 - len(cells)))
-        print(f"{label}: perplexity {perplexity:.3f}", flush=True)
+        print(f"{label}: perplexity {found.perplexity:.3f}", flush=True)
     print()
     report.table(["", "perplexity", "over bf16", "nats a token over bf16"], rows)
     report.write(

@@ -2,10 +2,11 @@
 
 import argparse
 
-from vllm_scalesearch.commands import calibrate_attention
+from vllm_scalesearch.commands import calibrate_attention, eval
 
 # One module a command, light to import: `add_parser(commands)` names the function that runs it.
-COMMANDS = (calibrate_attention,)
+# A parser with the default `takes_engine_options` is given the options that it does not know as well.
+COMMANDS = (calibrate_attention, eval)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,8 +15,11 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
-    chosen = parser.parse_args(arguments)
+    chosen, engine_options = parser.parse_known_args(arguments)
+    passes_on = getattr(chosen, "takes_engine_options", False)
+    if engine_options and not passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(engine_options)}")
     try:
-        chosen.run(chosen)
+        chosen.run(chosen, engine_options) if passes_on else chosen.run(chosen)
     except ValueError as error:
         raise SystemExit(f"vllm-scalesearch {chosen.command}: {error}") from None
