@@ -266,8 +266,10 @@ def along_head(x: torch.Tensor, policy: str | None, scale: float) -> torch.Tenso
 
 def is_stored(j: int, p: int, o: AttentionOptions, first: int) -> bool:
     """Of token j for the query at p, one of those from `first` on that are computed together."""
-    if j < o.sink or (o.own_chunk and j >= first):
+    if j < o.sink:
         return False
+    if o.own_chunk:
+        p = first
     if o.v_group == "tokens" and o.incomplete:
         last_of_block = j // 16 * 16 + 15
         return last_of_block <= p and not last_of_block > p - o.recent
@@ -432,6 +434,24 @@ def test_values_along_tokens_are_stored_in_whole_blocks_before_the_recent_window
         seen = v[: p + 1].clone()
         seen[5:whole] = stored[5:whole]
         assert error(got[p : p + 1], sdpa(q[p : p + 1], k[: p + 1], seen)) < 1e-13
+
+
+@pytest.mark.parametrize("recent", [0, 1, 9, 17])
+@pytest.mark.parametrize("v_group", ["tokens", "head_dim"])
+def test_queries_of_a_chunk_see_the_same_keys_and_values(v_group, recent):
+    q, k, v = random_qkv(90, 2, 1, 32, queries=37)
+    options = AttentionOptions(
+        q=None, p=None, hadamard=False, v_group=v_group, sink=5, recent=recent, own_chunk=True
+    )
+    boundary = 54 - recent if v_group == "head_dim" else (54 - recent) // 16 * 16
+    assert options.boundary(torch.arange(53, 90)).tolist() == [boundary] * 37
+    assert options.boundary(torch.arange(0)).tolist() == []
+    seen_k, seen_v = k.clone(), v.clone()
+    stored_v = (
+        dequantized(v) if v_group == "head_dim" else dequantized(v[:80].permute(1, 2, 0)).permute(2, 0, 1)
+    )
+    seen_k[5:boundary], seen_v[5:boundary] = dequantized(k)[5:boundary], stored_v[5:boundary]
+    assert error(attention(q, k, v, options), sdpa(q, seen_k, seen_v)) < 1e-13
 
 
 def test_switches_without_their_operand_change_nothing():

@@ -78,9 +78,11 @@ class AttentionOptions:
     softmax_scale: what scores are multiplied by; None is ``head_dim ** -0.5``.
     sliding_window: a query sees the newest `sliding_window` tokens only, itself included (vLLM's and
         transformers' meaning). Sink tokens outside it are not seen either.
-    own_chunk: queries that are computed together see each other's tokens in full precision: the boundary
-        is at most the first of them. More accurate for prompts, and it ends the rule above: an output then
-        depends on how the prompt was cut into chunks.
+    own_chunk: queries that are computed together all have the boundary of the first of them, so that all
+        tokens from the first query's recent window on are in full precision for each. Then all queries of
+        a chunk see the same keys and values, which one pass of any dense attention kernel can take. More
+        accurate for prompts, and it ends the rule above: an output then depends on how the prompt was cut
+        into chunks.
     logits_soft_cap: scores become ``cap * tanh(score / cap)``.
     kv_tile: tokens a step of the online softmax takes, a multiple of 16.
     transform_dtype: round q' and k' to this dtype, as a kernel does that keeps them in 16 bits. None
@@ -130,10 +132,12 @@ class AttentionOptions:
     def boundary(self, positions: torch.Tensor) -> torch.Tensor:
         """First token that is in full precision for being new, for queries at `positions` (int64), which
         ascend and are computed together."""
+        if self.own_chunk:
+            positions = positions[:1].expand(len(positions))
         boundary = (positions + 1 - self.recent).clamp(min=0)
         if self.v_group == "tokens" and self.incomplete:
             boundary = boundary // BLOCK * BLOCK
-        return boundary.clamp(max=int(positions[0])) if self.own_chunk and len(positions) else boundary
+        return boundary
 
 
 UNQUANTIZED = AttentionOptions(q=None, k=None, v=None, p=None, hadamard=False)

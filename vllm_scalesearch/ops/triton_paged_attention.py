@@ -290,12 +290,12 @@ def _plus_stored(
 
 @triton.jit
 def _boundary(position, context, RECENT: tl.constexpr, ROUNDED: tl.constexpr, OWN_CHUNK: tl.constexpr):
-    """`AttentionOptions.boundary`."""
+    """`AttentionOptions.boundary`, of queries from position `context` on."""
+    if OWN_CHUNK:
+        position = tl.minimum(position, context)
     boundary = tl.maximum(position + 1 - RECENT, 0)
     if ROUNDED:
         boundary = boundary // 16 * 16
-    if OWN_CHUNK:
-        boundary = tl.minimum(boundary, context)
     return boundary
 
 
