@@ -1,0 +1,1 @@
+"""Offline quantization: checkpoints in, calibrated NVFP4 checkpoints out."""
