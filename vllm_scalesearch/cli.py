@@ -2,11 +2,11 @@
 
 import argparse
 
-from vllm_scalesearch.commands import calibrate_attention, eval
+from vllm_scalesearch.commands import calibrate_attention, eval, inspect, quantize
 
 # One module a command, light to import: `add_parser(commands)` names the function that runs it.
 # A parser with the default `takes_engine_options` is given the options that it does not know as well.
-COMMANDS = (calibrate_attention, eval)
+COMMANDS = (calibrate_attention, eval, inspect, quantize)
 
 
 def main(arguments: list[str] | None = None) -> None:
