@@ -2,20 +2,18 @@
 
     python benchmarks/serve.py [--layers 8] [--only NAME,...]
 
-Random weights, torch.compile and CUDA graphs, each engine in a process of its own. They start side by
-side, which takes minutes of CPU time each, and once all are up they are measured one after the other, so
-that whatever runs then runs alone. Prompts of 128 random tokens, 128 tokens generated; the time is that of
-decoding alone, the difference between generating 129 tokens and one.
+Random weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). Prompts of
+128 random tokens, 128 tokens generated; the time is that of decoding alone, the difference between generating
+129 tokens and one.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import engines
 import llama_like
 import torch
 from report import table, write
@@ -35,8 +33,8 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def measure(model: str, arguments: dict, ready: Path, go: Path) -> dict[int, float]:
-    """Output tokens a second of each batch, once `go` exists; `ready` says that the engine is up."""
+def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[int, float]:
+    """Output tokens a second of each batch."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -49,9 +47,7 @@ def measure(model: str, arguments: dict, ready: Path, go: Path) -> dict[int, flo
         compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
         **arguments,
     )
-    ready.touch()
-    while not go.exists():
-        time.sleep(0.1)
+    ready()
     found = {}
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
@@ -77,58 +73,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", default=",".join(VARIANTS))
-    parser.add_argument("--measure", nargs=3, metavar=("MODEL", "ARGUMENTS", "RESULT"), help=argparse.SUPPRESS)
+    engines.add_measure_option(parser)
     arguments = parser.parse_args()
     if arguments.measure:
-        model, engine, result = arguments.measure
-        result = Path(result)
-        found = measure(model, json.loads(engine), result.with_suffix(".ready"), result.with_suffix(".go"))
-        partial = result.with_suffix(".part")
-        partial.write_text(json.dumps(found))
-        partial.rename(result)
+        engines.run_measure(arguments.measure, measure)
         return
-    names = arguments.only.split(",")
     found = {}
+
+    def keep(name: str, result: dict, log: list[str]) -> None:
+        found[name] = result
+        print(name, result, *[line for line in log if "scalesearch:" in line], sep="\n  ", flush=True)
+        write("serve", {"layers": arguments.layers, "tokens_per_s": found})  # what is there stays
+
     with tempfile.TemporaryDirectory() as work:
         models = {}
         for kind in ("bf16", "nvfp4"):
             models[kind] = Path(work) / kind
             llama_like.make(models[kind], arguments.layers, kind == "nvfp4")
         torch.cuda.empty_cache()
-        results = [Path(work) / f"{index}.json" for index in range(len(names))]
-        runs = [start(*VARIANTS[name], models, result) for name, result in zip(names, results, strict=True)]
-        try:
-            for name, run, result in zip(names, runs, results, strict=True):
-                wait_for(result.with_suffix(".ready"), run, name, result)
-            for name, run, result in zip(names, runs, results, strict=True):
-                result.with_suffix(".go").touch()
-                wait_for(result, run, name, result)
-                run.wait()
-                found[name] = json.loads(result.read_text())
-                log = result.with_suffix(".log").read_text().splitlines()
-                print(
-                    name, found[name], *[line for line in log if "scalesearch:" in line], sep="\n  ", flush=True
-                )
-                write("serve", {"layers": arguments.layers, "tokens_per_s": found})  # what is there stays
-        finally:
-            for run in runs:
-                run.kill()
+        chosen = {name: (models[VARIANTS[name][0]], VARIANTS[name][1]) for name in arguments.only.split(",")}
+        engines.side_by_side(__file__, Path(work), chosen, keep)
     rows = [[name, *[f"{line[str(batch)]:.0f}" for batch in BATCHES]] for name, line in found.items()]
     table(["linear layers", *[f"batch {batch}" for batch in BATCHES]], rows)
-
-
-def start(kind: str, engine: dict, models: dict[str, Path], result: Path) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--measure", str(models[kind]), json.dumps(engine), str(result)]
-    with result.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-
-def wait_for(file: Path, run: subprocess.Popen, name: str, result: Path) -> None:
-    """Wait until `file` exists. Raises SystemExit with the end of the log if the process ended before."""
-    while not file.exists():
-        if run.poll() is not None and not file.exists():
-            raise SystemExit(f"{name}:\n{result.with_suffix('.log').read_text()[-6000:]}")
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def assert_same(got, expected):
             assert abs(a.logprobs[i][token].logprob - b.logprobs[i][other].logprob) < NEAR
 
 
-@pytest.mark.parametrize("attention", [{}, {"operands": "qkvp", "v_group": "tokens"}], ids=["kv", "qkvp"])
+@pytest.mark.parametrize(
+    "attention", [{}, {"prefill": "stored"}, {"operands": "qkvp"}], ids=["kv", "stored", "qkvp"]
+)
 def test_text_with_cuda_graphs(engine, smollm2, attention):
     """Alone, batched, in chunks and after prefix hits, compiled and captured: the text of the eager run."""
     options = {"scalesearch": {"attention": {"r": "none", **attention}}}

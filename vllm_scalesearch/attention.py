@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_scalesearch import attention_prefill
 from vllm_scalesearch.attention_options import CacheOptions
-from vllm_scalesearch.attention_reference import BLOCK
-from vllm_scalesearch.kv_cache import RATIO, FullPrecisionLayer, layer_beside
+from vllm_scalesearch.attention_prefill import Group
+from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
+from vllm_scalesearch.kv_cache import RATIO, FullPrecisionLayer, SinkWindowSpec, layer_beside
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.model_reductions import ModelReductions
-from vllm_scalesearch.ops import paged_attention
+from vllm_scalesearch.ops import cuda_paged_decode, paged_attention
 from vllm_scalesearch.ops.paged_attention import Step
 from vllm_scalesearch.options import ATTENTION_BACKEND, QUANT_METHOD
 from vllm_scalesearch.transforms import MagnitudeReduction, head_transform
@@ -33,9 +35,11 @@ from vllm_scalesearch.vllm_api import (
     MultipleOf,
     VllmConfig,
     current_platform,
+    flash_attention,
     get_attention_context,
     get_current_vllm_config,
     init_logger,
+    split_decodes_and_prefills,
 )
 
 NAME = ATTENTION_BACKEND
@@ -57,6 +61,21 @@ class Metadata:
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     max_query_len: int
+    prompts: "Prompts | None" = None
+
+
+@dataclass
+class Prompts:
+    """What is not decoded of a step, on a GPU: the requests from `first` on, which have more than one query.
+
+    first_query: their first token. query_start_loc: theirs, from 0 on. groups: how FlashAttention takes them,
+    or None where they are read packed.
+    """
+
+    first: int
+    first_query: int
+    query_start_loc: torch.Tensor
+    groups: list[Group] | None
 
 
 class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
@@ -72,6 +91,11 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.splits = current_platform.is_cuda() and not isinstance(kv_cache_spec, SinkWindowSpec)
+        if current_platform.is_cuda():
+            self._init_reorder_batch_threshold(1)
+        self.dense = user_options(vllm_config).prefill == "full_precision"
+        self.budget = dense_tokens(vllm_config)
 
     def build(
         self,
@@ -88,7 +112,24 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             common.block_table_tensor,
             common.slot_mapping[: common.num_actual_tokens],
             common.max_query_len,
+            self._prompts(common) if self.splits and common.max_query_len > 1 else None,
         )
+
+    def _prompts(self, common: CommonAttentionMetadata) -> Prompts:
+        decodes, _, decode_tokens, _ = split_decodes_and_prefills(common)
+        groups = None
+        if self.dense and common.max_query_len >= attention_prefill.LEAST_QUERIES:
+            lengths = common.seq_lens_cpu_upper_bound
+            lengths = common.seq_lens.cpu() if lengths is None else lengths
+            groups = attention_prefill.plan(
+                common.query_start_loc,
+                common.query_start_loc_cpu.tolist(),
+                common.seq_lens,
+                lengths[: common.num_reqs].tolist(),
+                decodes,
+                self.budget,
+            )
+        return Prompts(decodes, decode_tokens, common.query_start_loc[decodes:] - decode_tokens, groups)
 
 
 class _Backend(AttentionBackend):
@@ -189,7 +230,12 @@ def user_options(vllm_config: VllmConfig) -> CacheOptions:
     ours = additional.get(QUANT_METHOD, {}) if isinstance(additional, Mapping) else {}
     if not isinstance(ours, Mapping):
         raise ValueError(f"additional_config[{QUANT_METHOD!r}]: expected a mapping of options, got {ours!r}")
-    return CacheOptions.from_mapping(ours.get("attention"))
+    return CacheOptions.from_mapping(ours.get("attention")).on(current_platform.is_cuda())
+
+
+def dense_tokens(vllm_config: VllmConfig) -> int:
+    """How many tokens of context `attention_prefill` makes dense at a time, a layer's keys and values."""
+    return max(vllm_config.model_config.max_model_len, vllm_config.scheduler_config.max_num_batched_tokens)
 
 
 class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
@@ -283,6 +329,10 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
         if attn_metadata is None:
             if self.reductions is not None and self.reductions.collecting:
                 return self.reductions.collect(self, query, key, value, output)
+            if current_platform.is_cuda() and self.options.prefill == "full_precision":
+                # So that vLLM leaves room for what a prompt's context takes while it is dense.
+                shape = 2, dense_tokens(self.vllm_config), self.num_kv_heads, self.head_size
+                torch.empty(shape, dtype=self.dtype, device=query.device)
             return output.zero_()
         source = self.kv_sharing_target_layer_name or self.layer_name
         full_metadata, _, full, _ = get_attention_context(layer_beside(source))
@@ -300,18 +350,71 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
         full = full.view(self.dtype)
         if self.kv_sharing_target_layer_name is None and key is not None:
             paged_attention.write(packed, full, layout, step, key, value, self.k_matrix, self.reference)
-        paged_attention.attention(query, packed, full, layout, step, self.q_matrix, self.reference, output)
+        prompts = attn_metadata.prompts
+        if prompts is None:
+            paged_attention.attention(query, packed, full, layout, step, self.q_matrix, self.reference, output)
+            return output
+        if prompts.first:
+            paged_attention.attention(
+                query[: prompts.first_query], packed, full, layout, step.part(slice(0, prompts.first), 1),
+                self.q_matrix, self.reference, output[: prompts.first_query],
+            )  # fmt: skip
+        if prompts.groups is None or key is None:
+            rest = replace(
+                step.part(slice(prompts.first, len(step.seq_lens)), step.max_query_len),
+                query_start_loc=prompts.query_start_loc,
+            )
+            paged_attention.attention(
+                query[prompts.first_query :], packed, full, layout, rest, self.q_matrix, self.reference,
+                output[prompts.first_query :],
+            )  # fmt: skip
+        else:
+            for group in prompts.groups:
+                attention_prefill.attend(
+                    query, key, value, packed, full, layout, step, group, self.q_matrix, self.reference, output,
+                    self._flash_attention,
+                )  # fmt: skip
         return output
+
+    def _flash_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        output: torch.Tensor,
+        group: Group,
+        options: AttentionOptions,
+    ) -> None:
+        attend, version = flash_attention(self.head_size)
+        attend(
+            q, k, v, group.max_query_len, group.query_start_loc, group.max_seq_len,
+            cu_seqlens_k=group.k_start_loc, softmax_scale=self.scale, causal=True,
+            window_size=None if options.sliding_window is None else [options.sliding_window - 1, 0],
+            softcap=options.logits_soft_cap or 0.0, out=output, fa_version=version,
+        )  # fmt: skip
+
+    def _kernels(self) -> str:
+        """Which kernels run, and why."""
+        if not current_platform.is_cuda():
+            return "torch"
+        layout = PageLayout(self.vllm_config.cache_config.block_size, self.head_size, self.options.v_group)
+        group, device = self.num_heads // self.num_kv_heads, torch.device("cuda", torch.cuda.current_device())
+        reason = cuda_paged_decode.unsupported(layout, self.reference, group, device)
+        decode = "CUDA kernel" if reason is None else f"Triton (not CUDA: {reason})"
+        prompts = "Triton (as stored)"
+        if self.options.prefill == "full_precision":
+            prompts = f"FlashAttention {flash_attention(self.head_size)[1]} on gathered keys and values"
+        return f"decode: {decode}, prompts: {prompts}"
 
     def _say(self) -> None:
         options, block = self.options, self.vllm_config.cache_config.block_size // RATIO
         tokens = (-(-options.sink // block) + -(-(options.window + block - 1) // block)) * block
         size = tokens * 2 * self.head_size * self.num_kv_heads * self.dtype.itemsize / 1024
         logger.info_once(
-            "%s: %s kernels, %s; sink of %d and newest %d tokens in %s, at most %d tokens and %.0f KiB a "
+            "%s: %s; %s; sink of %d and newest %d tokens in %s, at most %d tokens and %.0f KiB a "
             "decoding request and layer",
             NAME,
-            "Triton" if current_platform.is_cuda() else "torch",
+            self._kernels(),
             options,
             options.sink,
             options.recent,

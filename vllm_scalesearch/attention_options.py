@@ -4,7 +4,7 @@ Every key and value is checked; nothing unknown is passed over.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm_scalesearch.search import ScalePolicy
 from vllm_scalesearch.transforms import MagnitudeReduction
 
 OPERANDS = ("kv", "qkvp")
-PREFILLS = ("stored", "full_precision")
+PREFILLS = ("auto", "stored", "full_precision")
 SOURCE = "additional_config['scalesearch']['attention']"
 
 
@@ -30,11 +30,13 @@ class CacheOptions:
     r: R of each KV head. ``auto``: from the model's file, H alone where there is none; ``random``: the same,
         but calibrated from random token ids where there is none; ``none``: no R; otherwise the path of a
         file that ``calibrate-attention`` wrote.
-    v_group: ``head_dim`` or ``tokens``, the direction in which V's blocks lie.
+    v_group: ``head_dim`` or ``tokens``, the direction in which V's blocks lie. ``auto``: tokens on CUDA GPUs,
+        whose decode kernel reads whole tiles of them, head_dim on the CPU.
     sink, recent: how many of the first and of the newest tokens are kept in 16 bits.
     two_level_p: give each row of a tile of P its own tensor scale.
-    prefill: ``stored``: what a query sees depends on positions alone. ``full_precision``: the tokens of
-        one chunk of a prompt see each other before quantization.
+    prefill: ``stored``: what a query sees depends on positions alone. ``full_precision``: all tokens of one
+        chunk of a prompt see each other, and what is recent for the first of them, before quantization.
+        ``auto``: full_precision on CUDA GPUs with ``kv``, since FlashAttention can take it, otherwise stored.
     v_scale: V's tensor scale, a power of two. K needs none: R and H give it a size of about one.
     calibration_tokens: for the command ``calibrate-attention``: a safetensors file with token ids (`tokens`,
         and their `source` in the metadata) to calibrate R from, whether or not there is an R. `r` is then
@@ -49,16 +51,16 @@ class CacheOptions:
     p: str = "paper"
     hadamard: bool = True
     r: str = "auto"
-    v_group: str = "head_dim"
+    v_group: str = "auto"
     sink: int = 16
     recent: int = 64
     two_level_p: bool = True
-    prefill: str = "stored"
+    prefill: str = "auto"
     v_scale: float = 1 / 16
     calibration_tokens: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("operands", OPERANDS), ("v_group", V_GROUPS), ("prefill", PREFILLS)):
+        for name, allowed in (("operands", OPERANDS), ("v_group", ("auto", *V_GROUPS)), ("prefill", PREFILLS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name!r} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("hadamard", "two_level_p"):
@@ -104,6 +106,14 @@ class CacheOptions:
         except ValueError as error:
             raise ValueError(f"{SOURCE}: {error}") from None
 
+    def on(self, cuda: bool) -> "CacheOptions":
+        """These options, with what is ``auto`` decided for CUDA GPUs or the CPU."""
+        v_group = ("tokens" if cuda else "head_dim") if self.v_group == "auto" else self.v_group
+        prefill = self.prefill
+        if prefill == "auto":
+            prefill = "full_precision" if cuda and self.operands == "kv" else "stored"
+        return replace(self, v_group=v_group, prefill=prefill)
+
     @property
     def r_file(self) -> Path | None:
         """The file that `r` names, if it names one."""
@@ -111,7 +121,9 @@ class CacheOptions:
 
     @property
     def window(self) -> int:
-        """Newest tokens whose 16-bit copy some query may need: `recent`, and an incomplete tile of V."""
+        """Newest tokens whose 16-bit copy some query may need: `recent`, and an incomplete tile of V.
+
+        Of options that `on` has decided, like `reference`."""
         return self.recent + (15 if self.v_group == "tokens" else 0)
 
     def reference(

@@ -3,6 +3,9 @@
 Importing this module imports vLLM; `formats`, `search`, `options` and `ops` never do.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from vllm._custom_ops import cutlass_scaled_fp4_mm
 from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import (
@@ -93,11 +96,23 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager, register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+
+
+def flash_attention(head_size: int) -> tuple[Callable[..., Any], int]:
+    """vLLM's FlashAttention for CUDA, and the version of it that runs this head size here."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=head_size)
+    if version is None:
+        raise RuntimeError(f"vLLM's FlashAttention does not run on this GPU with head_size {head_size}")
+    return flash_attn_varlen_func, version
+
 
 __all__ = [
     "ApplyMoEActivationConfig",
@@ -155,6 +170,7 @@ __all__ = [
     "current_platform",
     "cutlass_scaled_fp4_mm",
     "dispatch_cpu_unquantized_gemm",
+    "flash_attention",
     "flashinfer_scaled_fp4_mm",
     "fused_marlin_moe",
     "get_attention_context",
@@ -185,4 +201,5 @@ __all__ = [
     "resolve_block_hashes",
     "select_nvfp4_moe_backend",
     "set_forward_context",
+    "split_decodes_and_prefills",
 ]

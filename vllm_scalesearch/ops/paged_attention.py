@@ -1,4 +1,4 @@
-"""Attention over the paged cache: the definition's arithmetic on the CPU, Triton kernels on a CUDA GPU.
+"""Attention over the paged cache: the definition's arithmetic on the CPU, kernels on a CUDA GPU.
 
 A step has a batch of requests, each with its newest tokens as queries and all its tokens in the cache,
 those queries included. Everything is read from the cache.
@@ -34,6 +34,17 @@ class Step:
     slots: torch.Tensor
     full_slots: torch.Tensor
     max_query_len: int
+
+    def part(self, requests: slice, max_query_len: int) -> "Step":
+        """Some requests in a row, for attention: queries keep their places, and nothing is written."""
+        return replace(
+            self,
+            query_start_loc=self.query_start_loc[requests.start : requests.stop + 1],
+            seq_lens=self.seq_lens[requests],
+            block_table=self.block_table[requests],
+            full_block_table=self.full_block_table[requests],
+            max_query_len=max_query_len,
+        )
 
 
 def write(
@@ -110,8 +121,16 @@ def attention(
     past the step's tokens are left alone. The arithmetic is fp32.
     """
     if pages.device.type == "cuda":
-        from vllm_scalesearch.ops import triton_kv_write, triton_paged_attention
+        from vllm_scalesearch.ops import cuda_paged_decode, triton_kv_write, triton_paged_attention
 
+        group = q.shape[1] // pages.shape[1]
+        if (
+            step.max_query_len == 1
+            and cuda_paged_decode.unsupported(layout, options, group, pages.device) is None
+        ):
+            q, _ = triton_kv_write.transform_query(q, q_matrix, options)
+            cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
+            return
         q, q_stored = triton_kv_write.transform_query(q, q_matrix, options)
         triton_paged_attention.attention(q, q_stored, pages, full, layout, step, options, output)
         return

@@ -1,0 +1,171 @@
+"""kernels/paged_decode.cu: the reference's attention, of requests that have one query each."""
+
+import re
+
+import pytest
+import torch
+from test_triton_attention import BF16, FP16, SENTINEL, build, check_output, like, on_device
+
+from vllm_scalesearch.attention_reference import AttentionOptions
+from vllm_scalesearch.cuda_kernels import compile_kernel
+from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.ops import cuda_paged_decode
+
+KV = dict(q=None, p=None, k="fast", v="fast", v_group="tokens", recent=16)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
+@pytest.mark.parametrize("dim", cuda_paged_decode.HEAD_SIZES)
+def test_it_compiles_without_a_gpu(dim: int, arch: str) -> None:
+    options = AttentionOptions(**KV)
+    macros, _ = cuda_paged_decode.defines(
+        PageLayout(64, dim, "tokens"), 16, options, 8 if dim < 256 else 4, BF16
+    )
+    assert compile_kernel("paged_decode.cu", "paged_decode", macros, arch)[1:4] == b"ELF"
+
+
+@pytest.mark.parametrize(
+    "group, dim, expected", [(4, 128, 4), (3, 64, 3), (12, 128, 6), (32, 64, 8), (7, 256, 1)]
+)
+def test_query_heads_of_a_program_divide_the_group(group: int, dim: int, expected: int) -> None:
+    assert cuda_paged_decode.queries_of(group, dim) == expected
+
+
+LENGTHS = (0, 1, 15, 16, 31, 63, 64, 511, 1000, 2047, 2048, 4095)
+SIZES = {
+    "64, group of 3": dict(dim=64, group=3, heads=3, block_size=16),
+    "96, alone": dict(dim=96, group=1, heads=2, block_size=32),
+    "96, group of 12": dict(dim=96, group=12, heads=1, block_size=48),
+    "128, group of 4": dict(dim=128, group=4, heads=2, block_size=64),
+    "128, group of 8": dict(dim=128, group=8, heads=1, block_size=128),
+    "128, group of 5, fp16": dict(dim=128, group=5, heads=1, block_size=64, dtype=FP16),
+    "256, group of 8": dict(dim=256, group=8, heads=1, block_size=64),
+    "256, group of 2, fp16": dict(dim=256, group=2, heads=2, block_size=16, dtype=FP16),
+}
+OPTIONS = {
+    "default": dict(recent=64, v_scale=1 / 16),
+    "no sink": dict(sink=0, recent=1),
+    "odd sink": dict(sink=37, recent=5, v_scale=4.0),
+    "large sink": dict(sink=200, recent=300),
+    "window": dict(sliding_window=500),
+    "small window, cap": dict(sliding_window=50, logits_soft_cap=3.0),
+    "window of few": dict(sliding_window=7, softmax_scale=0.3),
+}
+
+
+def run(batch) -> torch.Tensor:
+    q = batch.q.to("cuda")
+    output = torch.full_like(q, SENTINEL)
+    assert cuda_paged_decode.unsupported(batch.layout, batch.options, 1, q.device) is None
+    cuda_paged_decode.decode(
+        q, like(batch.needed_pages, "cuda"), like(batch.needed_full, "cuda"), batch.layout,
+        on_device(batch.needed_step), batch.options, output,
+    )  # fmt: skip
+    return output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(size: str) -> None:
+    batch = build([(n, 1) for n in LENGTHS], AttentionOptions(**KV), padding=5, **SIZES[size])
+    check_output(run(batch), batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options: str) -> None:
+    options = AttentionOptions(**(KV | OPTIONS[options]))
+    batch = build([(n, 1) for n in LENGTHS], options, dim=128, group=4, heads=1, block_size=64)
+    check_output(run(batch), batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "lengths", [[5], [40_000], [1] * 300, list(range(1, 600, 7))], ids=["5", "40k", "300", "many"]
+)
+def test_batches(lengths: list[int]) -> None:
+    batch = build(
+        [(n - 1, 1) for n in lengths], AttentionOptions(**KV), dim=64, group=4, heads=2, block_size=32
+    )
+    first = run(batch)
+    check_output(first, batch)
+    assert torch.equal(run(batch), first)  # what counts arrivals is as it was
+
+
+@pytest.mark.gpu
+def test_nan_reaches_those_that_see_it() -> None:
+    """A NaN in a stored key or value of the first request, one in a value of the second's newest token."""
+    lengths = [200, 100, 70, 90]
+    starts = [0, 200, 300, 370]
+    for keys, values in (([50], []), ([], [60]), ([], [299])):
+        batch = build(
+            [(n - 1, 1) for n in lengths],
+            AttentionOptions(**KV),
+            nan_keys=keys,
+            nan_values=values,
+            block_size=64,
+        )
+        output = run(batch).isnan().any(-1).any(-1).cpu()
+        hit = [any(s <= t < s + n for t in keys + values) for s, n in zip(starts, lengths, strict=True)]
+        assert output.tolist() == hit
+
+
+@pytest.mark.gpu
+def test_capture_in_a_cuda_graph() -> None:
+    options = AttentionOptions(**KV)
+    batches = [build([(n, 1) for n in some], options, dim=128, block_size=64, seed=i)
+               for i, some in enumerate(([900, 3, 64], [900, 3, 64]))]  # fmt: skip
+    tensors = [(b.q.cuda(), like(b.needed_pages, "cuda"), like(b.needed_full, "cuda")) for b in batches]
+    steps = [on_device(b.needed_step) for b in batches]
+    q, pages, full = (torch.empty_like(x) if x.is_contiguous() else like(x, "cuda") for x in tensors[0])
+    output = torch.empty_like(q)
+
+    def load(i: int) -> None:
+        for to, source in zip((q, pages, full), tensors[i], strict=True):
+            to.copy_(source)
+        for name, x in vars(steps[0]).items():
+            if isinstance(x, torch.Tensor) and i:
+                x.copy_(getattr(steps[i], name))
+        output.fill_(SENTINEL)
+
+    def attend() -> None:
+        cuda_paged_decode.decode(q, pages, full, batches[0].layout, steps[0], options, output)
+
+    load(0)
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    for i in (1,):
+        load(i)
+        graph.replay()
+        check_output(output, batches[i])
+
+
+@pytest.mark.gpu
+def test_wrong_arguments_say_why() -> None:
+    batch = build([(40, 1)], AttentionOptions(**KV), dim=64)
+    q = batch.q.cuda()
+    with pytest.raises(ValueError, match="output is"):
+        cuda_paged_decode.decode(
+            q, like(batch.pages, "cuda"), like(batch.full, "cuda"), batch.layout, on_device(batch.step),
+            batch.options, q.half(),
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(v_group="head_dim"), "along head_dim"),
+        (dict(p="fast"), "quantized"),
+        (dict(v_scale=2.0**20), "v_scale"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_do_has_a_reason(changes: dict, reason: str) -> None:
+    options = AttentionOptions(**(KV | changes))
+    found = cuda_paged_decode.unsupported(
+        PageLayout(64, 128, options.v_group), options, 4, torch.device("cuda")
+    )
+    assert re.search(reason, found)

@@ -1,0 +1,148 @@
+// What attention kernels need of NVFP4 and 16-bit numbers. HALF: 16-bit numbers are fp16, not bf16.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7F800000)
+#endif
+#ifndef NAN
+#define NAN __int_as_float(0x7FFFFFFF)
+#endif
+
+constexpr float E4M3_BITS_UNIT = 1.329227995784916e36f;    // 2^120: of a scale whose bits are moved only
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 16-bit numbers, in the low half of a word.
+__device__ __forceinline__ float widened(u32 x) {
+#if HALF
+    float y;
+    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
+    return y;
+#else
+    return __uint_as_float(x << 16);
+#endif
+}
+
+__device__ __forceinline__ u32 narrowed(float x) {
+    u16 y;
+#if HALF
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#endif
+    return y;
+}
+
+// COUNT words that are read once, at an address that is a multiple of 4 * COUNT bytes, or of 4 where COUNT is odd.
+template <int COUNT>
+__device__ __forceinline__ void load_words(u32* words, const u8* from) {
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4)
+            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                         : "l"(from + 4 * i));
+    } else if constexpr (COUNT % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2)
+            asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(words[i]), "=r"(words[i + 1]) : "l"(from + 4 * i));
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[i]) : "l"(from + 4 * i));
+    }
+}
+
+__device__ __forceinline__ uint4 load_whole(const u16* from) {
+    uint4 x;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+}
+
+// Until the kernels in front on the stream are done, if this one was launched early.
+__device__ __forceinline__ void wait_for_results() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// COUNT halves of words, as words, the last one's upper half zero where COUNT is odd; address even.
+template <int COUNT>
+__device__ __forceinline__ void load_halves(u32* words, const u8* from) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const u32 half = __ldg(reinterpret_cast<const u16*>(from) + i);
+        words[i / 2] = i % 2 ? words[i / 2] | half << 16 : half;
+    }
+}
+
+// 512, 32, 2 and 0x70007000, as arguments of a kernel: the compiler must not know them, or it makes two instructions
+// of the integer pipe, which decoding fills, of one multiply-add of another.
+struct Opaque {
+    u32 by_512, by_32, by_2, carry;
+};
+
+// Two E2M1 codes, the nibbles at bit BIT of a word's halves, as fp16 numbers: 2^-14 of them, exact.
+template <int BIT>
+__device__ __forceinline__ u32 halves_of_e2m1(u32 codes, const Opaque& opaque) {
+    if constexpr (BIT == 12) {
+        return (codes >> 3 & 0x0E000E00u) | (codes & 0x80008000u);
+    } else {  // A sign at bit 12 is carried to bit 15; without one, what was added is masked.
+        const u32 multiplier = BIT == 0 ? opaque.by_512 : BIT == 4 ? opaque.by_32 : opaque.by_2;
+        return ((codes & 0x000F000Fu << BIT) * multiplier + opaque.carry) & 0x8E008E00u;
+    }
+}
+
+// Byte `index` of a word, a positive E4M3 number: 2^-120 of it. NaN becomes 480.
+__device__ __forceinline__ float e4m3_bits(u32 word, int index) {
+    const int left = 20 - 8 * index;
+    return __uint_as_float((left >= 0 ? word << (left & 31) : word >> (-left & 31)) & 0x07F00000u);
+}
+
+// Two numbers as fp16, the first in the low half.
+__device__ __forceinline__ u32 as_halves(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// c (16, 8) += a (16, 16) b (16, 8), fp16.
+__device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of numbers of the model's dtype.
+__device__ __forceinline__ void mma_16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if HALF
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+#endif
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit numbers from shared memory, transposed: lane l has the address of row l % 8 of
+// matrix l / 8.
+__device__ __forceinline__ void load_transposed(u32 (&x)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}

@@ -1,0 +1,690 @@
+// Decoding attention over the paged cache: one query token a request, K and V stored as NVFP4 (kv_pages.py, V
+// along tokens), sink and newest tokens in 16 bits. Compute capability 8.0 and newer.
+//
+// Stored values. Two E2M1 codes become two fp16 numbers, 2^-14 of them, in three instructions; Q and P are brought
+// to fp16's upper range by powers of two, so that a bf16 query is exact (but for what is below 2^-28 of its row's
+// largest) and P is rounded to 11 bits. Pages keep codes in the order of fragments of `mma.m16n8k16`, so what a
+// lane loads in one piece is what it multiplies.
+//
+// Scales. A product over 16 is one scale block. Two such products add to the same accumulators: each query has two
+// of the eight columns, one with its values for the first block and zeros for the second, and the reverse. So the
+// sums of two blocks arrive apart, and are multiplied by their scales in fp32. K: rows are tokens, blocks lie along
+// channels. V: rows are channels, blocks lie along tokens. E4M3 bits in the place of fp32's are the scale times
+// 2^-120.
+//
+// Work. The units of all requests and heads (16 tokens in 16 bits, or 32 stored ones) are one list, cut into
+// equal shares, a block each; so lengths may be as ragged as they like. Warps of a block take units in turns.
+// Where several blocks share a head of a request, the last to finish merges what all found.
+//
+// Macros: D head size; QUERIES query heads of a program, at most 4 * TILES; TILES of four query heads; PAGE and
+// FULL_PAGE tokens of the pages; SINK, RECENT, WINDOW (0: none) tokens; SOFT_CAP, HALF 0 or 1; BLOCKS a
+// multiprocessor.
+
+#include "nvfp4_attention.cuh"
+
+constexpr int WARPS = 4;
+constexpr int K_WORDS = D / 32;         // words of codes of a lane for a token's key
+constexpr int SCALE_WORDS = (D / 16 + 3) / 4;  // of scales of a token's key
+constexpr int GROUPS = D / 16;          // groups of 16 channels
+constexpr int V_SCALE_WORDS = (2 * GROUPS + 3) / 4;
+constexpr int K_SCALES = PAGE * D / 2, V_CODES = PAGE * D * 9 / 16, V_SCALES = V_CODES + PAGE * D / 2;
+constexpr int PITCH = 2 * D + 16;       // bytes of a token's 16-bit values in shared memory
+constexpr float P_UNIT = 32768.0f;      // of P's operands, so that small ones are normal numbers
+constexpr float OUTPUT_UNIT = 6.646139978924579e35f;  // 2^119: sums are of P_UNIT, 2^-14 and 2^-120
+constexpr int FOUND = D + 2;            // floats that a warp finds of a query: sums, maximum and total
+constexpr int SHARED_BYTES = (16 * PITCH > QUERIES * FOUND * 4 ? 16 * PITCH : QUERIES * FOUND * 4 + 15) / 16 * 16;
+
+static_assert(D % 32 == 0 && QUERIES <= 4 * TILES && PAGE % 16 == 0 && FULL_PAGE >= 4);
+
+struct Arguments {
+    const u16* q;
+    const u8* pages;
+    const u16* full;
+    u16* output;
+    const int *query_start_loc, *seq_lens, *block_table, *full_block_table;
+    float *partial, *statistics;
+    int* arrived;
+    int requests, heads, pieces, group;
+    int table_stride, full_table_stride;
+    int q_stride, q_head_stride, output_stride, output_head_stride;
+    int page_stride, head_stride, full_stride, full_head_stride;
+    float score_scale, cap, full_unit, output_unit;
+    Opaque opaque;
+};
+
+// What of a request's tokens is where.
+struct Ranges {
+    int length;
+    int low;         // first token that is seen
+    int sink_end;    // tokens in [low, sink_end) and [newest, length) are in 16 bits,
+    int newest;      // those in [stored_low, stored_high) stored
+    int stored_low, stored_high;
+
+    __device__ explicit Ranges(int tokens) {
+        length = tokens;
+        low = WINDOW > 0 ? max(0, tokens - WINDOW) : 0;
+        sink_end = min(SINK, tokens);
+        const int boundary = max(tokens - RECENT, 0) / 16 * 16;
+        stored_low = max(SINK, low);
+        stored_high = boundary;
+        newest = max(max(boundary, SINK), low);
+    }
+    __device__ int sink_units() const { return low < sink_end ? (sink_end + 15) / 16 - low / 16 : 0; }
+    __device__ int newest_units() const { return newest < length ? (length + 15) / 16 - newest / 16 : 0; }
+    __device__ int stored_units() const {
+        return stored_low < stored_high ? (stored_high + 31) / 32 - stored_low / 32 : 0;
+    }
+    __device__ int units() const {
+        return length > 0 ? sink_units() + newest_units() + stored_units() : 0;
+    }
+};
+
+// A unit of stored tokens, in the order of pages.
+struct StoredKeys {
+    u32 codes[2][2][K_WORDS], scales[2][2][SCALE_WORDS];
+};
+struct StoredValues {
+    u32 codes[2][GROUPS], scales[2][V_SCALE_WORDS];
+};
+
+// The running softmax of a warp: lane (g, t) has query 4 * tile + t, and channels 16 m + 8 b + g of its output.
+struct State {
+    float maximum[TILES], total[TILES], output[TILES][GROUPS][2];
+};
+
+__device__ __forceinline__ const u8* tile_address(
+    const Arguments& a, const int* table, int head, int tile) {
+    const int token = tile * 16;
+    return a.pages + static_cast<long long>(__ldg(table + token / PAGE)) * a.page_stride + head * a.head_stride;
+}
+
+__device__ __forceinline__ void load_keys(
+    StoredKeys& k, const u8* const page[2], const int tile[2], int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int inside = tile[i] * 16 % PAGE;
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const int token = inside + 8 * row + g;
+            load_words<K_WORDS>(k.codes[i][row], page[i] + token * (D / 2) + t * (D / 8));
+            const u8* scales = page[i] + K_SCALES + token * (D / 16);
+            if (D % 64 == 0)
+                load_words<SCALE_WORDS>(k.scales[i][row], scales);
+            else
+                load_halves<D / 32>(k.scales[i][row], scales);
+        }
+    }
+}
+
+__device__ __forceinline__ void load_values(
+    StoredValues& v, const u8* const page[2], const int tile[2], int lane) {
+    const int g = lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int inside = tile[i] * 16 % PAGE / 16;
+        const u8* codes = page[i] + V_CODES + inside * (D * 8);
+#pragma unroll
+        for (int first = 0; first < GROUPS; first += 4) {
+            constexpr int LAST = GROUPS % 4 ? GROUPS % 4 : 4;
+            if (first + 4 <= GROUPS)
+                load_words<4>(v.codes[i] + first, codes + first * 128 + lane * 16);
+            else
+                load_words<LAST>(v.codes[i] + first, codes + first * 128 + lane * (4 * LAST));
+        }
+        load_words<V_SCALE_WORDS>(v.scales[i], page[i] + V_SCALES + inside * D + g * (2 * GROUPS));
+    }
+}
+
+__device__ __forceinline__ float capped(float score, float scale, float cap) {
+    score *= scale;
+#if SOFT_CAP
+    score = cap * (1.0f - 2.0f / (exp2_approx(score) + 1.0f));
+#endif
+    return score;
+}
+
+// New maximum of a query's scores, all lanes of it; what was summed up before is scaled to it.
+template <int COUNT>
+__device__ __forceinline__ void softmax(State& state, int tile, float (&s)[COUNT]) {
+    float most = s[0];
+#pragma unroll
+    for (int i = 1; i < COUNT; i++) most = fmaxf(most, s[i]);
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, mask));
+    const float before = state.maximum[tile], now = fmaxf(before, most);
+    // All is -inf until a first token is seen.
+    const float base = now == -INFINITY ? 0.0f : now;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        s[i] = exp2_approx(s[i] - base);
+        sum += s[i];
+    }
+    const float factor = exp2_approx(before - base);
+    state.total[tile] = fmaf(state.total[tile], factor, sum);
+    if (__any_sync(~0u, now != before)) {
+        state.maximum[tile] = now;
+#pragma unroll
+        for (int m = 0; m < GROUPS; m++) {
+            state.output[tile][m][0] *= factor;
+            state.output[tile][m][1] *= factor;
+        }
+    }
+}
+
+// --- stored tokens ---------------------------------------------------------------------------------
+
+// A query's values as operands. Lane (g, t) has those of query g / 2 in the blocks of parity g % 2, channels 4 t to
+// 4 t + 3 of each, and zeros for the blocks of the other parity.
+struct Query {
+    u32 operand[TILES][2][K_WORDS][2];
+    float scale[TILES];  // of query t: what its scores still have to be multiplied by
+};
+
+__device__ __forceinline__ void load_query(Query& query, const Arguments& a, const u16* q, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        const int index = 4 * tile + g / 2;
+        float x[K_WORDS][4], amax = 0.0f;
+#pragma unroll
+        for (int j = 0; j < K_WORDS; j++) {
+            uint2 pair = make_uint2(0, 0);
+            if (index < QUERIES)
+                pair = *reinterpret_cast<const uint2*>(q + index * a.q_head_stride + 32 * j + 16 * (g % 2) + 4 * t);
+            x[j][0] = widened(pair.x & 0xFFFF), x[j][1] = widened(pair.x >> 16);
+            x[j][2] = widened(pair.y & 0xFFFF), x[j][3] = widened(pair.y >> 16);
+#pragma unroll
+            for (int i = 0; i < 4; i++) amax = fmaxf(amax, fabsf(x[j][i]));
+        }
+#pragma unroll
+        for (int mask = 1; mask < 8; mask *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, mask));
+        // A power of two that brings the largest to [2^14, 2^15).
+        const int exponent = min(max(static_cast<int>(__float_as_uint(amax) >> 23), 40), 220);
+        const float unit = __uint_as_float((268 - exponent) << 23);
+#pragma unroll
+        for (int j = 0; j < K_WORDS; j++) {
+            const u32 even = as_halves(x[j][0] * unit, x[j][2] * unit);
+            const u32 odd = as_halves(x[j][1] * unit, x[j][3] * unit);
+#pragma unroll
+            for (int parity = 0; parity < 2; parity++) {
+                query.operand[tile][parity][j][0] = g % 2 == parity ? even : 0u;
+                query.operand[tile][parity][j][1] = g % 2 == parity ? odd : 0u;
+            }
+        }
+        // Of query t, which the lanes with g / 2 == t have; and E2M1 is 2^-14 of itself.
+        query.scale[tile] = __shfl_sync(~0u, __uint_as_float(exponent << 23), 8 * t);
+    }
+}
+
+// A fragment of 16 rows: `first` has codes of row g, `second` of row g + 8, in the nibbles at BIT and BIT + 8.
+template <int BIT>
+__device__ __forceinline__ void fragment_of_rows(u32 (&fragment)[4], u32 first, u32 second, const Opaque& opaque) {
+    fragment[0] = halves_of_e2m1<BIT>(first, opaque);
+    fragment[1] = halves_of_e2m1<BIT>(second, opaque);
+    fragment[2] = halves_of_e2m1<BIT + 8>(first, opaque);
+    fragment[3] = halves_of_e2m1<BIT + 8>(second, opaque);
+}
+
+// The same of channels: a word has channel g in its low nibbles and channel g + 8 in its high ones.
+__device__ __forceinline__ void fragment_of_columns(u32 (&fragment)[4], u32 codes, const Opaque& opaque) {
+    fragment[0] = halves_of_e2m1<0>(codes, opaque);
+    fragment[1] = halves_of_e2m1<4>(codes, opaque);
+    fragment[2] = halves_of_e2m1<8>(codes, opaque);
+    fragment[3] = halves_of_e2m1<12>(codes, opaque);
+}
+
+// Scores of a unit, softmax scale apart: lane (g, t) has tokens g, g + 8, g + 16, g + 24 and query t. nan: bit 7 of a
+// byte is set where a token's scale is NaN.
+__device__ __forceinline__ void stored_scores(
+    float (&s)[TILES][4], u32 (&nan)[4], const StoredKeys& k, const Query& query, const Opaque& opaque) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float sum[TILES][2] = {};
+#pragma unroll
+        for (int j = 0; j < K_WORDS; j++) {
+            u32 first[4], other[4];
+            fragment_of_rows<0>(first, k.codes[i][0][j], k.codes[i][1][j], opaque);
+            fragment_of_rows<4>(other, k.codes[i][0][j], k.codes[i][1][j], opaque);
+            float scale[2][2];
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+#pragma unroll
+                for (int b = 0; b < 2; b++) scale[row][b] = e4m3_bits(k.scales[i][row][j / 2], 2 * (j % 2) + b);
+            }
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                const auto& operand = query.operand[tile];
+                float c[4] = {};
+                mma_f16(c, first, operand[0][j][0], operand[0][j][1]);
+                mma_f16(c, other, operand[1][j][0], operand[1][j][1]);
+                sum[tile][0] = fmaf(c[0], scale[0][0], fmaf(c[1], scale[0][1], sum[tile][0]));
+                sum[tile][1] = fmaf(c[2], scale[1][0], fmaf(c[3], scale[1][1], sum[tile][1]));
+            }
+        }
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+#pragma unroll
+            for (int w = 0; w < SCALE_WORDS; w++) nan[2 * i + row] |= k.scales[i][row][w] + 0x01010101u;
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) s[tile][2 * i + row] = sum[tile][row] * E4M3_BITS_UNIT;
+        }
+    }
+}
+
+__device__ __forceinline__ void add_stored(
+    State& state, u32& nan, const StoredValues& v, const float (&p)[TILES][4], int lane,
+    const Opaque& opaque) {
+    const int g = lane / 4, t = lane % 4;
+    u32 operand[TILES][2][2];
+    // Tokens 4 t + i of tile g % 2 and query g / 2, from the lanes that have their scores, tokens n and n + 8 together.
+    const int source = 16 * (t % 2) + g / 2;
+    const u32 pick = t / 2 ? 0x7632 : 0x5410;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        u32 from[4];
+        const u32 mine[2] = {
+            as_halves(p[tile][0] * P_UNIT, p[tile][1] * P_UNIT), as_halves(p[tile][2] * P_UNIT, p[tile][3] * P_UNIT)};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 one = __shfl_sync(~0u, mine[0], source + 4 * i), two = __shfl_sync(~0u, mine[1], source + 4 * i);
+            from[i] = g % 2 ? two : one;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const u32 pair = __byte_perm(from[i], from[i + 2], pick);
+            operand[tile][0][i] = g % 2 ? 0u : pair;
+            operand[tile][1][i] = g % 2 ? pair : 0u;
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < GROUPS; m++) {
+        u32 first[4], other[4];
+        fragment_of_columns(first, v.codes[0][m], opaque);
+        fragment_of_columns(other, v.codes[1][m], opaque);
+        float scale[2][2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int b = 0; b < 2; b++) scale[i][b] = e4m3_bits(v.scales[i][m / 2], 2 * (m % 2) + b);
+        }
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            float c[4] = {};
+            mma_f16(c, first, operand[tile][0][0], operand[tile][0][1]);
+            mma_f16(c, other, operand[tile][1][0], operand[tile][1][1]);
+            float(&out)[2] = state.output[tile][m];
+            out[0] = fmaf(c[0], scale[0][0], fmaf(c[1], scale[1][0], out[0]));
+            out[1] = fmaf(c[2], scale[0][1], fmaf(c[3], scale[1][1], out[1]));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int w = 0; w < V_SCALE_WORDS; w++) nan |= v.scales[i][w] + 0x01010101u;
+    }
+}
+
+__device__ __forceinline__ void stored_units(
+    State& state, u32& nan, const Arguments& a, const Ranges& r, const int* table, int head,
+    const u16* q, int first, int last, int lane) {
+    if (first >= last) return;
+    const int g = lane / 4;
+    Query query;
+    load_query(query, a, q, lane);
+    // Tiles outside the stored ones are read from its end, and masked.
+    const int least = r.stored_low / 16, most = (r.stored_high - 1) / 16, base = r.stored_low / 32;
+    const u8* page[2];
+    int tile[2];
+    const auto place = [&](int unit) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            tile[i] = min(max(2 * (base + unit) + i, least), most);
+            page[i] = tile_address(a, table, head, tile[i]);
+        }
+    };
+    StoredKeys keys;
+    StoredValues values;
+    place(first);
+    load_keys(keys, page, tile, lane);
+    load_values(values, page, tile, lane);
+    for (int unit = first; unit < last; unit += WARPS) {
+        const bool more = unit + WARPS < last;
+        if (more) place(unit + WARPS);
+        float s[TILES][4];
+        u32 row_nan[4] = {};
+        stored_scores(s, row_nan, keys, query, a.opaque);
+        if (more) load_keys(keys, page, tile, lane);
+        const int token = (base + unit) * 32;
+        const bool masked = token < r.stored_low || token + 32 > r.stored_high;
+        bool hidden[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int at = token + 8 * n + g;
+            hidden[n] = masked && (at < r.stored_low || at >= r.stored_high);
+            if (!hidden[n]) nan |= row_nan[n];
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                s[i][n] = hidden[n] ? -INFINITY : capped(s[i][n] * query.scale[i], a.score_scale, a.cap);
+            softmax(state, i, s[i]);
+        }
+        add_stored(state, nan, values, s, lane, a.opaque);
+        if (more) load_values(values, page, tile, lane);
+    }
+}
+
+// --- tokens in 16 bits -----------------------------------------------------------------------------
+
+// Token n of the range [low, high) that begins in tile `tile`, or the nearest one that is in it.
+__device__ __forceinline__ const u16* whole_token(
+    const Arguments& a, const int* table, int head, int token, int low, int high) {
+    token = min(max(token, low), high - 1);
+    return a.full + static_cast<long long>(__ldg(table + token / FULL_PAGE)) * a.full_stride + head * a.full_head_stride +
+           token % FULL_PAGE * (2 * D);
+}
+
+__device__ __forceinline__ void whole_unit(
+    State& state, const Arguments& a, const int* table, int head, const u16* q, int tile, int low, int high,
+    u8* shared, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    // All loads first, since each way to memory and back is long.
+    uint4 values[D / 16], keys[D / 32][2];
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const int chunk = i * 32 + lane, token = chunk / (D / 8), part = chunk % (D / 8);
+        values[i] = load_whole(whole_token(a, table, head, tile * 16 + token, low, high) + D + part * 8);
+    }
+    const u16* rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) rows[i] = whole_token(a, table, head, tile * 16 + g + 8 * i, low, high);
+#pragma unroll
+    for (int j = 0; j < D / 32; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) keys[j][i] = load_whole(rows[i] + 32 * j + 8 * t);
+    }
+    // Values, to be read transposed.
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const int chunk = i * 32 + lane, token = chunk / (D / 8), part = chunk % (D / 8);
+        *reinterpret_cast<uint4*>(shared + token * PITCH + part * 16) = values[i];
+    }
+    float c[TILES][4] = {};
+#pragma unroll
+    for (int j = 0; j < D / 32; j++) {
+        const uint4 x = keys[j][0], y = keys[j][1];
+        const u32 one[4] = {x.x, y.x, x.y, y.y}, two[4] = {x.z, y.z, x.w, y.w};
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const int index = 4 * i + g / 2;
+            uint4 z = make_uint4(0, 0, 0, 0);
+            if (g % 2 == 0 && index < QUERIES) z = load_whole(q + index * a.q_head_stride + 32 * j + 8 * t);
+            mma_16(c[i], one, z.x, z.y);
+            mma_16(c[i], two, z.z, z.w);
+        }
+    }
+    __syncwarp();
+    u32 operand[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        float s[2] = {capped(c[i][0], a.score_scale, a.cap), capped(c[i][2], a.score_scale, a.cap)};
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int token = tile * 16 + g + 8 * n;
+            if (token < low || token >= high) s[n] = -INFINITY;
+        }
+        softmax(state, i, s);
+        // P of query g / 2, its high part where g is even and what is left where it is odd.
+        const u32 high_part = narrowed(s[0]) | narrowed(s[1]) << 16;
+        const u32 low_part = narrowed(s[0] - widened(high_part & 0xFFFF)) |
+                                  narrowed(s[1] - widened(high_part >> 16)) << 16;
+        u32 from[2];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int source = (2 * t + n) * 4 + g / 2;
+            const u32 high_from = __shfl_sync(~0u, high_part, source);
+            const u32 low_from = __shfl_sync(~0u, low_part, source);
+            from[n] = g % 2 ? low_from : high_from;
+        }
+        operand[i][0] = __byte_perm(from[0], from[1], 0x5410);
+        operand[i][1] = __byte_perm(from[0], from[1], 0x7632);
+    }
+    const u32 address = shared_address(shared) + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int m = 0; m < GROUPS; m++) {
+        u32 fragment[4];
+        load_transposed(fragment, address + m * 32);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            float sum[4] = {};
+            mma_16(sum, fragment, operand[i][0], operand[i][1]);
+            state.output[i][m][0] = fmaf(sum[0] + sum[1], a.full_unit, state.output[i][m][0]);
+            state.output[i][m][1] = fmaf(sum[2] + sum[3], a.full_unit, state.output[i][m][1]);
+        }
+    }
+    __syncwarp();
+}
+
+// --- a block's share -------------------------------------------------------------------------------
+
+__device__ __forceinline__ float weight_of(float maximum, float all) {
+    return maximum == -INFINITY ? 0.0f : exp2_approx(maximum - all);
+}
+
+// Merge what `count` blocks from `from` on found, a query a warp at a time. late: of the first block it is the
+// second piece.
+__device__ __forceinline__ void merge(
+    const Arguments& a, u16* out, int from, int count, int late, u8* shared, int lane, int warp) {
+    float* weights = reinterpret_cast<float*>(shared + warp * SHARED_BYTES);
+    const auto slot_of = [&](int n) { return 2 * (from + n) + (n ? 0 : late); };
+    for (int query = warp; query < QUERIES; query += WARPS) {
+        const float2* statistics = reinterpret_cast<const float2*>(a.statistics) + query;
+        float maximum = -INFINITY;
+        for (int n = lane; n < count; n += 32) maximum = fmaxf(maximum, __ldcg(statistics + slot_of(n) * QUERIES).x);
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
+        float sum[D / 32] = {}, total = 0.0f;
+        for (int begin = 0; begin < count; begin += 32) {
+            __syncwarp();
+            float weight = 0.0f;
+            if (begin + lane < count) {
+                const float2 found = __ldcg(statistics + slot_of(begin + lane) * QUERIES);
+                weight = weight_of(found.x, maximum);
+                total = fmaf(found.y, weight, total);
+            }
+            weights[lane] = weight;
+            __syncwarp();
+            const int some = min(32, count - begin);
+#pragma unroll 8
+            for (int n = 0; n < some; n++) {
+                const float* part =
+                    a.partial + (static_cast<long long>(slot_of(begin + n)) * QUERIES + query) * D + lane;
+#pragma unroll
+                for (int i = 0; i < D / 32; i++) sum[i] = fmaf(__ldcg(part + 32 * i), weights[n], sum[i]);
+            }
+        }
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
+        const float factor = a.output_unit / total;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++)
+            out[query * a.output_head_stride + 32 * i + lane] = narrowed(sum[i] * OUTPUT_UNIT * factor);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) paged_decode(
+    const u16* q, const u8* pages, const u16* full, u16* output, const int* query_start_loc, const int* seq_lens,
+    const int* block_table, const int* full_block_table, float* partial, float* statistics, int* arrived,
+    int requests, int heads, int pieces, int group, int table_stride, int full_table_stride, int q_stride,
+    int q_head_stride, int output_stride, int output_head_stride, int page_stride, int head_stride,
+    int full_stride, int full_head_stride, float score_scale, float cap, float full_unit, float output_unit,
+    int by_512, int by_32, int by_2, int carry) {
+    const Arguments a = {
+        q, pages, full, output, query_start_loc, seq_lens, block_table, full_block_table, partial, statistics,
+        arrived, requests, heads, pieces, group, table_stride, full_table_stride, q_stride, q_head_stride,
+        output_stride, output_head_stride, page_stride, head_stride, full_stride, full_head_stride, score_scale,
+        cap, full_unit, output_unit,
+        {static_cast<u32>(by_512), static_cast<u32>(by_32), static_cast<u32>(by_2), static_cast<u32>(carry)}};
+    extern __shared__ __align__(16) u8 shared[];
+    int& is_last = *reinterpret_cast<int*>(shared + WARPS * SHARED_BYTES);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int per_request = a.heads * a.pieces;
+    u8* mine = shared + warp * SHARED_BYTES;
+
+    // The lengths were there before the kernel in front of this one began; queries and pages may not be.
+    // Units of all requests.
+    const auto units_of = [&](int request) {
+        if (request >= a.requests || a.query_start_loc[request + 1] == a.query_start_loc[request]) return 0;
+        return Ranges(a.seq_lens[request]).units();
+    };
+    long long all = 0;
+    for (int request = lane; request - lane < a.requests; request += 32) all += units_of(request);
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) all += __shfl_xor_sync(~0u, all, mask);
+    all *= per_request;
+    const int blocks = static_cast<int>(min(all, static_cast<long long>(gridDim.x)));
+    if (blockIdx.x >= blocks) return;
+    const auto share_of = [&](int block) { return all * block / blocks; };
+    // The block whose share has a unit.
+    const auto owner_of = [&](long long unit) {
+        int block = static_cast<int>(unit * blocks / all);
+        while (share_of(block + 1) <= unit) block++;
+        return block;
+    };
+    long long at = share_of(blockIdx.x);
+    const long long end = share_of(blockIdx.x + 1);
+
+    // The request that the share begins in, and its first unit in the list.
+    int request = 0, units = 0;
+    long long begin = 0;
+    for (int from = 0;; from += 32) {
+        const int count = units_of(from + lane);
+        long long sum = static_cast<long long>(count) * per_request;
+        const long long own = sum;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const long long below = __shfl_up_sync(~0u, sum, distance);
+            if (lane >= distance) sum += below;
+        }
+        const unsigned past = __ballot_sync(~0u, begin + sum > at);
+        if (past) {
+            const int found = __ffs(past) - 1;
+            request = from + found;
+            units = __shfl_sync(~0u, count, found);
+            begin += __shfl_sync(~0u, sum - own, found);
+            break;
+        }
+        begin += __shfl_sync(~0u, sum, 31);
+    }
+
+    wait_for_results();
+    while (at < end) {
+        while (units == 0 || at >= begin + static_cast<long long>(units) * per_request) {
+            begin += static_cast<long long>(units) * per_request;
+            units = units_of(++request);
+        }
+        const int item = static_cast<int>((at - begin) / units);
+        const int head = item / a.pieces, piece = item % a.pieces;
+        const long long item_begin = begin + static_cast<long long>(item) * units, item_end = item_begin + units;
+        const int first = static_cast<int>(at - item_begin);
+        const int last = static_cast<int>(min(end, item_end) - item_begin);
+        const Ranges r(a.seq_lens[request]);
+        const long long row = a.query_start_loc[request];
+        const int query_head = head * a.group + piece * QUERIES;
+        const u16* queries = a.q + row * a.q_stride + query_head * a.q_head_stride;
+
+        State state;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            state.maximum[i] = -INFINITY;
+            state.total[i] = 0.0f;
+#pragma unroll
+            for (int m = 0; m < GROUPS; m++) state.output[i][m][0] = state.output[i][m][1] = 0.0f;
+        }
+        u32 nan = 0;
+        const int sink_units = r.sink_units(), whole = sink_units + r.newest_units();
+        const int* full_table = a.full_block_table + static_cast<long long>(request) * a.full_table_stride;
+        int unit = first + warp;
+        for (; unit < min(last, whole); unit += WARPS) {
+            const bool sink = unit < sink_units;
+            const int low = sink ? r.low : r.newest, high = sink ? r.sink_end : r.length;
+            const int tile = low / 16 + (sink ? unit : unit - sink_units);
+            whole_unit(state, a, full_table, head, queries, tile, low, high, mine, lane);
+        }
+        stored_units(
+            state, nan, a, r, a.block_table + static_cast<long long>(request) * a.table_stride, head, queries,
+            unit - whole, last - whole, lane);
+
+        // Of the warps.
+        const bool broken = __any_sync(~0u, nan & 0x80808080u);
+        float* found = reinterpret_cast<float*>(mine);
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            float total = state.total[i];
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
+            if (broken) total = NAN;
+            const int index = 4 * i + t;
+            if (index < QUERIES) {
+#pragma unroll
+                for (int m = 0; m < GROUPS; m++) {
+                    found[index * FOUND + 16 * m + g] = state.output[i][m][0];
+                    found[index * FOUND + 16 * m + 8 + g] = state.output[i][m][1];
+                }
+                if (g == 0) {
+                    found[index * FOUND + D] = state.maximum[i];
+                    found[index * FOUND + D + 1] = total;
+                }
+            }
+        }
+        __syncthreads();
+        const bool alone = first == 0 && last == units;
+        const int slot = 2 * blockIdx.x + (at == share_of(blockIdx.x) ? 0 : 1);
+        u16* out = a.output + row * a.output_stride + query_head * a.output_head_stride;
+        for (int i = threadIdx.x; i < QUERIES * D; i += WARPS * 32) {
+            const int query = i / D, channel = i % D;
+            float maximum = -INFINITY, sum = 0.0f, total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++)
+                maximum = fmaxf(maximum, reinterpret_cast<float*>(shared + w * SHARED_BYTES)[query * FOUND + D]);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float* from = reinterpret_cast<float*>(shared + w * SHARED_BYTES) + query * FOUND;
+                const float weight = weight_of(from[D], maximum);
+                sum = fmaf(from[channel], weight, sum);
+                total = fmaf(from[D + 1], weight, total);
+            }
+            if (alone) {
+                out[query * a.output_head_stride + channel] =
+                    narrowed(sum * OUTPUT_UNIT * (a.output_unit / total));
+            } else {
+                a.partial[(static_cast<long long>(slot) * QUERIES + query) * D + channel] = sum;
+                if (channel == 0)
+                    reinterpret_cast<float2*>(a.statistics)[slot * QUERIES + query] = make_float2(maximum, total);
+            }
+        }
+        if (!alone) {
+            const int from = owner_of(item_begin), count = owner_of(item_end - 1) - from + 1;
+            __threadfence();
+            __syncthreads();
+            int* arrived = a.arrived + request * per_request + item;
+            if (threadIdx.x == 0) {
+                is_last = atomicAdd(arrived, 1) == count - 1;
+                if (is_last) *arrived = 0;
+            }
+            __syncthreads();
+            if (is_last) {
+                __threadfence();
+                // Of the first of the blocks this may be the second piece that it left.
+                const int late = share_of(from) < item_begin;
+                merge(a, out, from, count, late, shared, lane, warp);
+            }
+        }
+        __syncthreads();
+        at = min(end, item_end);
+    }
+}

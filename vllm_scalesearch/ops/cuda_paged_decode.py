@@ -1,0 +1,156 @@
+"""Decoding attention over the paged cache in CUDA C++: kernels/paged_decode.cu.
+
+One query token a request, K and V stored and nothing else quantized, V's blocks along tokens. The Triton kernel
+(triton_paged_attention.py) does everything else. Nothing here waits for the device, and all of it can be
+captured in a CUDA graph after a first call, which compiles.
+"""
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_scalesearch.attention_reference import AttentionOptions
+from vllm_scalesearch.cuda_kernels import Kernel, kernel
+from vllm_scalesearch.kv_pages import PageLayout
+
+if TYPE_CHECKING:
+    from vllm_scalesearch.ops.paged_attention import Step
+
+HEAD_SIZES = (64, 96, 128, 256)
+_WARPS = 4
+# Heads of requests that one stream's blocks can count the arrivals of.
+_ITEMS = 1 << 16
+# Sums are kept in units of V's tensor scale times 2^-119, which must leave room on both sides.
+_LEAST_V_SCALE, _LARGEST_V_SCALE = 2.0**-60, 2.0**4
+
+
+def unsupported(layout: PageLayout, options: AttentionOptions, group: int, device: torch.device) -> str | None:
+    """Why the kernel cannot run a layer's decode steps, or None if it can.
+
+    group: query heads of a KV head.
+    """
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if layout.v_group != "tokens" or not options.incomplete:
+        return f"V is grouped along {layout.v_group}, and it reads tiles along tokens"
+    if options.q is not None or options.p is not None:
+        return "Q and P are quantized"
+    if layout.head_size not in HEAD_SIZES:
+        return f"head_size {layout.head_size} is not one of {HEAD_SIZES}"
+    if not _LEAST_V_SCALE <= float(options.v_scale) <= _LARGEST_V_SCALE:
+        return f"v_scale {options.v_scale} is not within {_LEAST_V_SCALE} and {_LARGEST_V_SCALE}"
+    return None
+
+
+def queries_of(group: int, head_size: int) -> int:
+    """How many of a KV head's `group` query heads a program takes: the most that fit and divide them."""
+    most = 4 if head_size > 128 else 8
+    return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
+
+
+def defines(
+    layout: PageLayout, full_page: int, options: AttentionOptions, group: int, dtype: torch.dtype
+) -> tuple[tuple[str, ...], int]:
+    """Macros of the kernel, and how many of its blocks a multiprocessor holds."""
+    queries = queries_of(group, layout.head_size)
+    tiles = 1 if queries <= 4 else 2
+    blocks = 2 if layout.head_size > 128 else 4 if tiles == 1 else 3
+    return (
+        f"D={layout.head_size}", f"QUERIES={queries}", f"TILES={tiles}", f"PAGE={layout.block_size}",
+        f"FULL_PAGE={full_page}", f"SINK={options.sink}", f"RECENT={options.recent}",
+        f"WINDOW={options.sliding_window or 0}", f"SOFT_CAP={int(options.logits_soft_cap is not None)}",
+        f"HALF={int(dtype == torch.float16)}", f"BLOCKS={blocks}",
+    ), blocks  # fmt: skip
+
+
+def decode(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: "Step",
+    options: AttentionOptions,
+    output: torch.Tensor,
+) -> None:
+    """Attention of the transformed queries of requests that have one each, into `output`.
+
+    q: (T, Hq, D) bf16 or fp16; requests without a query are passed over. pages, full: as
+    `triton_kv_write.transform_and_write` has them, full in q's dtype. output: like q; rows of no request are
+    left alone. Where `unsupported` names a reason, nothing here is defined.
+    Raises ValueError for tensors that do not fit.
+    """
+    heads, dim = pages.shape[1], layout.head_size
+    requests, group = len(step.seq_lens), q.shape[1] // heads
+    for name, x in (("q", q), ("output", output)):
+        if x.dtype != full.dtype or x.shape[1:] != (group * heads, dim) or x.stride(2) != 1:
+            raise ValueError(
+                f"paged decode: {name} is {tuple(x.shape)} {x.dtype} with strides {x.stride()}, expected "
+                f"contiguous heads (..., {group * heads}, {dim}) in {full.dtype}"
+            )
+    if q.stride(0) % 8 or q.stride(1) % 8 or q.data_ptr() % 16:
+        q = q.contiguous()
+    if pages.stride(0) % 16 or pages.stride(1) % 16 or full.stride(0) % 8 or full.stride(1) % 8:
+        raise ValueError(
+            "paged decode: pages must lie at multiples of 16 bytes, strides are "
+            f"{pages.stride()} and {full.stride()}"
+        )
+    if not requests:
+        return
+    macros, blocks = defines(layout, full.shape[2], options, group, q.dtype)
+    queries = queries_of(group, dim)
+    if requests * heads * group // queries > _ITEMS:
+        raise ValueError(f"paged decode: {requests} requests of {heads} heads are more than {_ITEMS} in all")
+    run = _kernel(macros, q.device)
+    grid = _multiprocessors(q.device) * blocks
+    partial = torch.empty(2 * grid * queries * (dim + 2), dtype=torch.float32, device=q.device)
+    statistics = partial[2 * grid * queries * dim :]
+    score_scale = dim**-0.5 if options.softmax_scale is None else options.softmax_scale
+    score_scale *= math.log2(math.e)
+    cap = 0.0
+    if options.logits_soft_cap is not None:
+        # tanh(x) is 1 - 2 / (exp(2 x) + 1).
+        score_scale *= 2 / options.logits_soft_cap
+        cap = options.logits_soft_cap * math.log2(math.e)
+    v_scale = float(options.v_scale)
+    run(
+        (grid, 1, 1), 32 * _WARPS, _shared_bytes(dim, queries),
+        q, pages, full, output, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
+        partial, statistics, _arrived(q.device),
+        requests, heads, group // queries, group, step.block_table.stride(0), step.full_block_table.stride(0),
+        q.stride(0), q.stride(1), output.stride(0), output.stride(1), pages.stride(0), pages.stride(1),
+        full.stride(0), full.stride(1), score_scale, cap, 2.0**-119 / v_scale, v_scale,
+        512, 32, 2, 0x70007000,
+        early=torch.cuda.get_device_capability(q.device)[0] >= 9,
+    )  # fmt: skip
+
+
+def _shared_bytes(dim: int, queries: int) -> int:
+    """Of a block: a tile of 16-bit values, or what is found of each query, for each warp; and a flag."""
+    warp = max(16 * (2 * dim + 16), -(-queries * (dim + 2) * 4 // 16) * 16)
+    return _WARPS * warp + 16
+
+
+@functools.cache
+def _kernel(macros: tuple[str, ...], device: torch.device) -> Kernel:
+    return kernel("paged_decode.cu", "paged_decode", macros, device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _arrived(device: torch.device) -> torch.Tensor:
+    """Zeros, which a launch leaves as zeros; launches of one stream follow each other and share them."""
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters:
+        zeros = torch.zeros(_ITEMS, dtype=torch.int32, device=device)
+        if torch.cuda.is_current_stream_capturing():
+            return zeros  # lives and is set in the graph
+        _counters[key] = zeros
+    return _counters[key]
