@@ -168,7 +168,7 @@ def _stored_section(reports: list[LayerReport]) -> str:
     for report in reports:
         codes.update(report.scale_codes)
     elements = [(f"{value:g}", part) for value, part in inspection.element_share(reports)]
-    scales = _shares(codes)
+    scales = _shares(codes, 0)
     return (
         "<h2>What is stored</h2><p>Magnitudes of the elements, and codes of the block scales (E4M3: eight "
         "codes double the scale, 126 is 448).</p>"

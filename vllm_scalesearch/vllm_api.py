@@ -14,8 +14,9 @@ from vllm.distributed import (
 )
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.kernels import linear as linear_kernels
 from vllm.model_executor.kernels.linear import init_mxfp4_linear_kernel, init_nvfp4_linear_kernel
-from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel
+from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
 from vllm.model_executor.kernels.linear.nvfp4.cutlass import CutlassNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.nvfp4.flashinfer import (
     FlashInferB12xNvFp4LinearKernel,
@@ -84,7 +85,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
-from vllm.platforms import current_platform
+from vllm.platforms import PlatformEnum, current_platform
 from vllm.utils.flashinfer import flashinfer_scaled_fp4_mm
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -149,9 +150,11 @@ __all__ = [
     "MultipleOf",
     "Mxfp4MoeBackend",
     "NvFp4LinearKernel",
+    "NvFp4LinearLayerConfig",
     "NvFp4MoeBackend",
     "OnlineMoEMethodBase",
     "ParallelLMHead",
+    "PlatformEnum",
     "QuantizationConfig",
     "ReplicatedLinear",
     "RoutedExperts",
@@ -185,6 +188,7 @@ __all__ = [
     "initialize_online_processing",
     "kMxfp4Static",
     "kNvfp4Static",
+    "linear_kernels",
     "make_mxfp4_moe_kernel",
     "make_mxfp4_moe_quant_config",
     "make_nvfp4_moe_kernel",
