@@ -2,9 +2,10 @@
 
     python benchmarks/attention.py [--shapes 32x8192 ...] [--heads 32 --kv-heads 8 --head-size 128]
 
-Chunks of prompts, and the writing of the cache; then decoding: one query a request, pages in random order. Caches rotate, so that they come from memory; the variants
-take turns in one run, as CUDA graphs. The peers need vLLM for CUDA. `limit` is what the packed bytes of stored
-tokens take at the rate of a copy, of which `% of limit` is a share.
+Chunks of prompts, and the writing of the cache; then decoding: one query a request, pages in random order.
+Caches rotate, so that they come from memory; the variants take turns in one run, as CUDA graphs. The peers need
+vLLM for CUDA. `limit` is what the packed bytes of stored tokens take at the rate of a copy; `% of limit` its
+share of the time.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from report import table, write
 from vllm_scalesearch import attention_prefill
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import cuda_paged_decode, triton_kv_write, triton_paged_attention
+from vllm_scalesearch.ops import cuda_kv_write, cuda_paged_decode, triton_kv_write, triton_paged_attention
 from vllm_scalesearch.ops.paged_attention import Step
 
 SHAPES = ("1x32768", "8x8192", "32x2048", "32x8192", "32x32768", "128x2048", "4x131072")
@@ -148,7 +149,7 @@ def chunk(context: int, queries: int, heads: int, kv_heads: int, dim: int, optio
         )  # fmt: skip
 
     def write_cache():
-        triton_kv_write.transform_and_write(pages, full, layout, step, k, v, matrix, options)
+        cuda_kv_write.write(pages, full, layout, step, k, v, matrix, options)
 
     shape = (-(-length // PEER_BLOCK_SIZE), PEER_BLOCK_SIZE, kv_heads, dim)
     peer_k, peer_v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -182,7 +183,7 @@ def decode_write(batch: int, kv_heads: int, dim: int, options) -> list:
     )  # fmt: skip
     k, v = (torch.randn(batch, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
     matrix = torch.randn(kv_heads, dim, dim, device="cuda") * dim**-0.5
-    return [lambda: triton_kv_write.transform_and_write(pages, full, layout, step, k, v, matrix, options)] * 3
+    return [lambda: cuda_kv_write.write(pages, full, layout, step, k, v, matrix, options)] * 3
 
 
 def prompts(args, options) -> list[dict]:
@@ -207,17 +208,20 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--no-peers", action="store_true", help="without FlashAttention 3")
+    parser.add_argument("--only", choices=["decode", "prompts"], help="default: both")
     parser.add_argument("--triton", action="store_true", help="with our Triton kernel")
     parser.add_argument("--name", default="attention", help="of the file under results/")
     args = parser.parse_args()
     rate = copy_bandwidth()
     options = AttentionOptions(q=None, p=None, recent=64, v_scale=1 / 16)
     description = dict(heads=args.heads, kv_heads=args.kv_heads, head_size=args.head_size)
-    written = time_interleaved({"128": decode_write(128, args.kv_heads, args.head_size, options)})["128"]
-    print(f"writing 128 tokens of a decode step: {written:.1f} us")
-    description["write_128_us"] = written
-    if not args.no_peers:
-        description["chunks"] = prompts(args, replace(options, own_chunk=True))
+    if args.only != "decode":
+        written = time_interleaved({"128": decode_write(128, args.kv_heads, args.head_size, options)})["128"]
+        print(f"writing 128 tokens of a decode step: {written:.1f} us")
+        found = prompts(args, replace(options, own_chunk=True))
+        write(args.name + "_prompts", {**description, "write_128_us": written, "chunks": found})
+    if args.only == "prompts":
+        return
     results = []
     for shape in args.shapes:
         batch, context = map(int, shape.split("x"))

@@ -9,7 +9,7 @@ What a step must not read is filled with NaN: packed bytes 0x7F, which is E4M3's
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import interpreter
@@ -225,14 +225,20 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def check_write(batch: Batch, k_matrix: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_write(
+    batch: Batch,
+    k_matrix: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    write: Callable[..., None] = triton_kv_write.transform_and_write,
+) -> None:
     """Write k and v (T, Hkv, D, on the CPU) to the slots of the step, in pages with what they need only."""
     pages, full = like(batch.needed_pages), like(batch.needed_full)
     step, count = batch.needed_step, batch.tokens
     # As they come out of one product: strided in token and head.
     together = torch.cat((k, v), dim=-1).to(DEVICE)
     dim = batch.layout.head_size
-    triton_kv_write.transform_and_write(
+    write(
         pages, full, batch.layout, on_device(step), together[..., :dim], together[..., dim:],
         None if k_matrix is None else k_matrix.to(DEVICE), batch.options,
     )  # fmt: skip

@@ -63,9 +63,12 @@ def write(
     fp32, or None to leave keys as they are.
     """
     if pages.device.type == "cuda":
-        from vllm_scalesearch.ops import triton_kv_write
+        from vllm_scalesearch.ops import cuda_kv_write, triton_kv_write
 
-        triton_kv_write.transform_and_write(pages, full, layout, step, k, v, k_matrix, options)
+        write_on_cuda = triton_kv_write.transform_and_write
+        if cuda_kv_write.unsupported(layout, options, pages.device) is None:
+            write_on_cuda = cuda_kv_write.write
+        write_on_cuda(pages, full, layout, step, k, v, k_matrix, options)
         return
     count = len(step.slots)
     k, v = k[:count], v[:count]
