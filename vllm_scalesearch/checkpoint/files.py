@@ -23,6 +23,8 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -157,7 +159,7 @@ def _header(file: Path) -> dict[str, _Entry]:
             raise ValueError(f"{file}: {name} takes {end - start} bytes, which {dtype} {shape} does not fit")
         if 8 + length + end > size:
             raise ValueError(
-                f"{file}: has {size} bytes, but {name} ends at {8 + length + end}: it is cut short; fetch it again"
+                f"{file}: has {size} bytes, but {name} ends at {8 + length + end}: it is cut short; fetch it"
             )
         entries[name] = _Entry(file, _DTYPES[dtype], shape, 8 + length + start, end - start)
     return entries
@@ -175,6 +177,7 @@ def writing(path: Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
         os.replace(partial, path)
         _sync_folder(path.parent)
     except Exception as error:

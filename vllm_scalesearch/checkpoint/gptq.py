@@ -86,7 +86,7 @@ def gptq(
     fmt: BlockFormat,
     policy: ScalePolicy | str,
     tensor_scale: torch.Tensor,
-    options: GptqOptions = GptqOptions(),  # noqa: B008  (frozen)
+    options: GptqOptions = GptqOptions(),
     scales: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantize a matrix with error feedback, by the algorithm at the top of this file.

@@ -1,4 +1,4 @@
-"""From the matrices that read one input to their codes: tensor scale, target, search, error feedback, descent."""
+"""From matrices that read one input to their codes: tensor scale, target, search, feedback, descent."""
 
 from dataclasses import dataclass, replace
 

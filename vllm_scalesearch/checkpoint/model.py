@@ -201,7 +201,8 @@ class ModelSkeleton:
             )
         if self.reader.shape(stored) != tuple(shape):
             raise ValueError(
-                f"{self.reader.folder}: {stored} is {self.reader.shape(stored)}, config.json makes it {tuple(shape)}"
+                f"{self.reader.folder}: {stored} is {self.reader.shape(stored)}, but by config.json it must "
+                f"be {tuple(shape)}"
             )
         return self.reader.tensor(stored).to(self.device)
 

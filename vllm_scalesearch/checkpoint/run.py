@@ -5,7 +5,9 @@ Everything is written to ``OUT.partial``: finished shards, the hidden states tha
 after the last layer that is in it and ends with the same bytes. The folder gets its name when all is there.
 """
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -43,6 +45,8 @@ _OTHER_BYTES = 1 << 30
 _MOMENT_BYTES = 4 << 30
 # Files of a model's folder that are not copied: weights in any format.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+# Few weights, each of which may send a token elsewhere; vLLM keeps them in full precision (config.py).
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 # Matrices whose output is added to the hidden states. The norm after them divides by the size of those, so
 # an error counts in proportion; without this a few tokens with huge hidden states decide everything.
 _TO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "wo", "w2")
@@ -174,7 +178,7 @@ class Run:
         self.state = {"fingerprint": fingerprint, "layers": 0, "files": {}, "report": []}
 
     def _lock(self) -> None:
-        self._lock_file = open(self.partial / ".lock", "w")
+        self._lock_file = open(self.partial / ".lock", "w")  # noqa: SIM115  (held until the end)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -212,7 +216,8 @@ class Run:
             progress(0, total, "embeddings")
             self._embed(streams)
         else:
-            next(iter(self.skeleton.embedded(self.tokens[:1])))  # what the layers are called with
+            with contextlib.closing(self.skeleton.embedded(self.tokens[:1])) as first:
+                next(first)  # learns what the layers are called with
         self._remove_stale(streams)
         for index in range(self.state["layers"], len(layers)):
             progress(1 + index, total, layers[index].name)
@@ -379,7 +384,15 @@ class Run:
                 f"--ignore selects {', '.join(hits)} but not {missed}, which reads the same input and which "
                 "vLLM may fuse with it; select all of them or none"
             )
-        return not hits and self._width(names[0]) % NVFP4.block_size == 0
+        return not hits and self._reason(names[0]) is None
+
+    def _reason(self, name: str) -> str | None:
+        """Why a matrix is left in full precision whatever the options are, or None."""
+        if name.rpartition(".")[2] in _ROUTERS:
+            return "it chooses experts"
+        if self._width(name) % NVFP4.block_size:
+            return f"its width {self._width(name)} is not a multiple of {NVFP4.block_size}"
+        return None
 
     def _width(self, name: str) -> int:
         return self.reader.shape(f"{name}.weight")[-1]
@@ -446,25 +459,11 @@ class Run:
             seen: dict[Group, torch.Tensor] = {}
             if two:
                 before = next(originals)
-                watched = {g.names[0]: lambda x, _m, g=g: seen.__setitem__(g, x.flatten(0, -2)) for g in batch}
-                runner.run(original, before, watched=watched, stop_after=stop)
-            size = hidden.float().square().mean(-1).flatten()
-
-            def add(group: Group, seen=seen, size=size):
-                weights = None
-                if not group.expert and group.names[0].rpartition(".")[2] in _TO_RESIDUAL:
-                    weights = 1.0 / size.clamp(min=torch.finfo(torch.float32).tiny)
-                    weights = weights / weights.mean()
-
-                def watched(x: torch.Tensor, multiplied: torch.Tensor) -> None:
-                    moments[group].add(
-                        x.flatten(0, -2), multiplied.flatten(0, -2), seen.get(group), weights
-                    )  # fmt: skip
-
-                return watched
-
+                keep = {g.names[0]: functools.partial(_keep, seen, g) for g in batch}
+                runner.run(original, before, watched=keep, stop_after=stop)
+            watched = {g.names[0]: _adder(moments[g], g, seen.get(g), hidden) for g in batch}
             try:
-                runner.run(current, hidden, quantizer, {g.names[0]: add(g) for g in batch}, stop)
+                runner.run(current, hidden, quantizer, watched, stop)
             except ValueError as error:
                 raise ValueError(f"{self.skeleton.layers[index].name}: {error}") from None
         return moments
@@ -535,9 +534,7 @@ class Run:
             for name in LayerRunner(self.skeleton, index).linears:
                 full = self.skeleton.stored_name(f"{layer.name}.{name}")
                 if full not in done:
-                    uneven = self._width(full) % NVFP4.block_size
-                    reason = f"its width {self._width(full)} is not a multiple of {NVFP4.block_size}"
-                    found[full] = reason if uneven else "option --ignore"
+                    found[full] = self._reason(full) or "option --ignore"
         return found
 
     def _ignored(self, done: set[str]) -> list[str]:
@@ -551,6 +548,24 @@ class Run:
             if name.endswith(".weight") and len(self.reader.shape(name)) == 2
         }
         return sorted((names | {"lm_head"}) - done - skip)
+
+
+def _keep(seen: dict[Group, torch.Tensor], group: Group, x: torch.Tensor, _multiplied: torch.Tensor) -> None:
+    seen[group] = x.flatten(0, -2)
+
+
+def _adder(moments: InputMoments, group: Group, original: torch.Tensor | None, hidden: torch.Tensor):
+    """What adds the input of a group's layers to `moments`; hidden: what the decoder layer was given."""
+    weights = None
+    if not group.expert and group.names[0].rpartition(".")[2] in _TO_RESIDUAL:
+        size = hidden.float().square().mean(-1).flatten()
+        weights = 1.0 / size.clamp(min=torch.finfo(torch.float32).tiny)
+        weights = weights / weights.mean()
+
+    def watched(x: torch.Tensor, multiplied: torch.Tensor) -> None:
+        moments.add(x.flatten(0, -2), multiplied.flatten(0, -2), original, weights)
+
+    return watched
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
