@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vllm_scalesearch.checkpoint.files import CheckpointReader
 
@@ -251,9 +252,19 @@ class ModelSkeleton:
         return out[0] if isinstance(out, tuple) else out
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """torch.empty makes tensors on the meta device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made in this block keep their buffers and have parameters without memory."""
+    """Modules made in this block keep their buffers and have parameters that never took memory."""
     from transformers.initialization import no_init_weights
 
     register = nn.Module.register_parameter
@@ -265,7 +276,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register_on_meta
     try:
-        with no_init_weights():
+        # Large parameters are made by torch.empty; moving them afterwards would leave holes in the heap.
+        with no_init_weights(), _EmptyOnMeta():
             yield
     finally:
         nn.Module.register_parameter = register

@@ -86,6 +86,8 @@ def _folded(
         before = parameters[f"{norm}.weight"].float()
         after = (before / scale).to(stored_dtype).float()
         scale = torch.where((after != 0) & (before != 0), before / after, 1.0)
+    if (scale == 1).all():
+        return None
     changed = {}
     for name in makers:
         shape = (-1,) + (1,) * (parameters[name].ndim - 1)
