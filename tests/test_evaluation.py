@@ -281,6 +281,22 @@ def test_a_quantized_model_is_no_reference_for_itself(named, text):
         cli.main(["eval", str(named), "--text", str(text)])
 
 
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        (".", "."),
+        ("organisation/name", "organisation/name"),
+        ("/gone/model", None),
+        ("../gone", None),
+        (None, None),
+    ],
+)
+def test_the_reference_is_what_quantize_read(tmp_path, origin, expected):
+    assert eval_command._made_from(tmp_path) is None
+    (tmp_path / "scalesearch_report.json").write_text(json.dumps({"options": {"model": origin}}))
+    assert eval_command._made_from(tmp_path) == expected
+
+
 def test_options_that_no_command_knows_are_still_errors(capsys):
     with pytest.raises(SystemExit):
         cli.main(["calibrate-attention", "model", "--quantization", "fp8"])

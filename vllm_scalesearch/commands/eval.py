@@ -1,6 +1,7 @@
 """``vllm-scalesearch eval``: perplexity through vLLM, and what it lost against a reference run."""
 
 import argparse
+import json
 import math
 import os
 from pathlib import Path
@@ -47,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     reference.add_argument(
         "--reference",
         help="a model to compare with, run without quantization options, or a file of --save-scores; "
-        "default: MODEL itself so, unless its own weights are quantized",
+        "default: MODEL itself so, or what `quantize` made it from",
     )
     reference.add_argument("--no-reference", action="store_true", help="compare with nothing")
     parser.add_argument(
@@ -174,13 +175,28 @@ def _reference_of(arguments: argparse.Namespace, engine: dict[str, Any]) -> str 
             raise ValueError(f"--reference {path}: there is no such file")
         return arguments.reference
     if getattr(_config(arguments.model, engine), "quantization_config", None) is not None:
-        raise ValueError(
-            f"{arguments.model} is quantized already, so it is no reference for itself; "
-            "give the model it was made from as --reference, or --no-reference"
-        )
+        origin = _made_from(Path(arguments.model))
+        if origin is None:
+            raise ValueError(
+                f"{arguments.model} is quantized already, so it is no reference for itself; "
+                "give the model it was made from as --reference, or --no-reference"
+            )
+        return origin
     if not any(name in engine for name in (*METHOD_OPTIONS, "hf_overrides")):
         return None  # the model is the reference
     return arguments.model
+
+
+def _made_from(checkpoint: Path) -> str | None:
+    """The model that `vllm-scalesearch quantize` made a checkpoint from, if it says so and is to be had."""
+    from vllm_scalesearch.checkpoint.run import REPORT
+
+    if not (checkpoint / REPORT).is_file():
+        return None
+    origin = json.loads((checkpoint / REPORT).read_text())["options"].get("model")
+    # What is no folder here any more may still be a hub id, but no path is.
+    gone = origin is not None and not Path(origin).is_dir() and (origin.count("/") != 1 or origin[0] in "./~")
+    return None if gone else origin
 
 
 def _config(model: str, engine: dict[str, Any]) -> Any:
