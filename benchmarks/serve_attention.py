@@ -36,15 +36,17 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
     from vllm import LLM, SamplingParams
 
     cases = arguments.pop("cases")
+    batches = sorted({1, 2, *(int(case.split("x")[0]) for case in cases)})
     llm = LLM(
         model,
         skip_tokenizer_init=True,
         load_format="dummy",
         max_model_len=33792,
         max_num_batched_tokens=8192,
-        max_num_seqs=512,
+        max_num_seqs=batches[-1],
         gpu_memory_utilization=0.05,  # what is checked, not what is taken
         enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": batches},
         **arguments,
     )
     capacity = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
