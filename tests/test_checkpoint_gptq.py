@@ -1,7 +1,9 @@
 """GPTQ, its search, descent and target against direct solutions for small matrices, in fp64."""
 
 import itertools
+import os
 
+import interpreter
 import pytest
 import torch
 
@@ -40,6 +42,39 @@ def direct_gptq(weight: torch.Tensor, h: torch.Tensor, scales: torch.Tensor) -> 
     return out
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def test_kernel_on_the_cpu():
+    interpreter.run_tests(__file__, ("kernel_against_torch",), 1)
+
+
+@pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="runs on a GPU, and on the CPU in the interpreter"
+)
+@pytest.mark.parametrize("rows", [5, 40])
+def test_kernel_against_torch(rows):
+    from vllm_scalesearch.checkpoint.gptq import _feedback
+    from vllm_scalesearch.ops.triton_round_block import round_block
+
+    device = "cpu" if INTERPRETED else "cuda"
+    weight, h, scale = problem(rows, 16)
+    factor = inverse_factor(damped(h, 0.01)).float()
+    work = weight / scale
+    codes = ScalePolicy("window:-2,2").candidate_codes(work.abs().amax(1), NVFP4)
+    scales = NVFP4.decode_scales(codes)
+    values, errors, losses = _feedback(work, factor, scales)
+    found = round_block(work.to(device), factor.to(device), scales.to(device))
+    found_values, found_errors, best, loss = (tensor.cpu() for tensor in found)
+    index = best.long().unsqueeze(0)
+    # Sums in another order: the chosen loss is the least up to rounding, and all else follows the choice.
+    torch.testing.assert_close(losses.gather(0, index)[0], losses.amin(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, losses.amin(0), rtol=1e-4, atol=0)
+    for mine, theirs in ((values, found_values), (errors, found_errors)):
+        chosen = mine.gather(0, index.unsqueeze(1).expand(1, 16, rows))[0].t()
+        torch.testing.assert_close(theirs, chosen, rtol=1e-4, atol=1e-4)
+
+
 def test_inverse_factor():
     h = damped(problem(1, 24)[1], 0.01)
     factor = inverse_factor(h)
@@ -51,9 +86,7 @@ def test_inverse_factor():
 def test_gptq_is_the_direct_solution(width):
     weight, h, scale = problem(8, width)
     before = quantize(weight, NVFP4, "paper", tensor_scale=scale)
-    found = gptq(
-        weight, h, NVFP4, "paper", scale, GptqOptions(0.01, research=False), before.scales.view(torch.uint8)
-    )
+    found = gptq(weight, h, NVFP4, "paper", scale, GptqOptions(0.01, "before"), before.scales.view(torch.uint8))
     assert torch.equal(found.scales.view(torch.uint8), before.scales.view(torch.uint8))
     scales = (before.scales.double() * scale.double()).repeat_interleave(16, 1)
     expected = direct_gptq(weight, damped(h, 0.01), scales)
@@ -66,7 +99,7 @@ def test_gptq_is_the_direct_solution(width):
 def test_search_as_it_goes_takes_the_scale_of_least_error():
     weight, h, scale = problem(6, 16)
     h64 = damped(h, 0.01)
-    found = gptq(weight, h, NVFP4, "window:-4,4", scale, GptqOptions(0.01))
+    found = gptq(weight, h, NVFP4, "window:-4,4", scale, GptqOptions(0.01, "feedback"))
     codes = ScalePolicy("window:-4,4").candidate_codes(weight.abs().amax(1) / scale, NVFP4)
     errors = []
     for candidate in codes:
@@ -75,6 +108,19 @@ def test_search_as_it_goes_takes_the_scale_of_least_error():
         errors.append(((difference @ h64) * difference).sum(1))
     best = torch.stack(errors).argmin(0)
     assert torch.equal(found.scales.view(torch.uint8).flatten().int(), codes.gather(0, best.unsqueeze(0))[0])
+
+
+def test_block_search_as_it_goes_is_that_of_metric_hessian_on_updated_weights():
+    weight, h, scale = problem(6, 32)
+    found = gptq(weight, h, NVFP4, "window:-6,6", scale, GptqOptions(0.01, "block"))
+    h64 = damped(h, 0.01)
+    first = found.dequantize()[:, :16].double() - weight[:, :16].double()
+    left = weight[:, 16:].double() - first @ torch.linalg.solve(h64[16:, 16:], h64[16:, :16]).t()
+    policy = ScalePolicy("window:-6,6", "hessian")
+    expected = quantize(
+        left.float(), NVFP4, policy, tensor_scale=scale, importance=h64[16:, 16:].float().unsqueeze(0)
+    )
+    assert torch.equal(found.scales.view(torch.uint8)[:, 1:], expected.scales.view(torch.uint8))
 
 
 def test_hessian_search_against_all_candidates():
@@ -114,7 +160,7 @@ def test_descent_never_raises_the_error_and_ends_where_no_block_can_do_better():
 def test_descent_keeps_scales_that_are_fixed():
     weight, h, scale = problem(4, 32)
     start = quantize(weight, NVFP4, "absmax", tensor_scale=scale)
-    found = refine(weight, h, start, "absmax", GptqOptions(0.01, research=False, descent=2))
+    found = refine(weight, h, start, "absmax", GptqOptions(0.01, "before", descent=2))
     assert torch.equal(found.scales.view(torch.uint8), start.scales.view(torch.uint8))
     assert output_error(weight, found.dequantize(), h) < output_error(weight, start.dequantize(), h)
 
@@ -183,15 +229,16 @@ def test_every_metric_lowers_the_output_error():
         "wmse": Recipe("paper", "wmse"),
         "hessian": Recipe("window:-6,6", "hessian"),
         "descent": Recipe("window:-6,6", "hessian", descent=3),
-        "gptq": Recipe("window:-6,6", "hessian", gptq=True),
-        "gptq fixed": Recipe("window:-6,6", "hessian", gptq=True, fixed_scales=True),
+        "feedback": Recipe("window:-6,6", gptq="feedback"),
+        "block": Recipe("window:-6,6", gptq="block"),
+        "before": Recipe("window:-6,6", gptq="before"),
     }
     error = {
         name: quantize_together({"m": weight}, {"m": recipe}, moments)["m"] for name, recipe in recipes.items()
     }
     assert all(found.error < found.absmax_error for found in error.values())
     assert error["descent"].error < error["hessian"].error < error["mse"].error
-    assert error["gptq"].error < error["gptq fixed"].error < error["mse"].error
+    assert max(error["feedback"].error, error["block"].error) < error["before"].error < error["mse"].error
 
 
 def test_recipes_that_make_no_sense():
@@ -201,7 +248,7 @@ def test_recipes_that_make_no_sense():
         Recipe("paperr")
     with pytest.raises(ValueError, match="--correction 2"):
         Recipe(correction=2)
-    with pytest.raises(ValueError, match="--fixed-scales"):
-        Recipe(fixed_scales=True)
+    with pytest.raises(ValueError, match="--gptq later: choose from before, block, feedback"):
+        Recipe(gptq="later")
     with pytest.raises(ValueError, match="m: metric 'hessian' needs calibration"):
         quantize_together({"m": torch.ones(2, 16)}, {"m": Recipe(metric="hessian")}, None)

@@ -349,7 +349,7 @@ while True:
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert not (folder / f"killed{renamed}").exists()
     assert child(lambda: work(folder / f"killed{renamed}", True)) == 0
-    renamed += 3
+    renamed += 5
 print(renamed)
 """
 
@@ -362,7 +362,7 @@ def test_killed_and_resumed_is_the_same_byte_for_byte(small, tmp_path):
     expected = contents(tmp_path / "whole")
     assert REPORT in expected and "config.json" in expected
     others = sorted(tmp_path.glob("killed*"))
-    assert len(others) >= 8
+    assert len(others) >= 5
     for folder in others:
         assert contents(folder) == expected, folder.name
 
@@ -435,9 +435,9 @@ Run(model, out, QuantizeOptions(Recipe("absmax")), None, torch.device("cpu")).ru
 
 
 def test_model_larger_than_memory(tiny, tmp_path):
-    model = tiny("Llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=40, head_dim=64)
+    model = tiny("Llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=30, head_dim=64)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    extra = 60 << 20
+    extra = 44 << 20
     assert size > 1.2 * extra
     done = subprocess.run(
         [sys.executable, "-c", _LIMITED, str(model), str(tmp_path / "out"), str(extra)],
@@ -445,7 +445,7 @@ def test_model_larger_than_memory(tiny, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(stored(tmp_path / "out")) == 40 * 7
+    assert len(stored(tmp_path / "out")) == 30 * 7
 
 
 # --- the command -------------------------------------------------------------------------------------

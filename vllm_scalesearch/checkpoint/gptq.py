@@ -7,9 +7,10 @@ its inputs the error of its output is ``tr(D H D^T)``.
   by those after it, as well as continuous values could. With the Cholesky factor ``H^-1 = U^T U`` (U upper
   triangular) column j of the updated weights gives ``e = (w_j - q_j) / U_jj``, columns k > j get
   ``w_k -= e U_jk``, and the whole error is the sum of all ``e^2``.
-* **Search as it goes.** So the sum of a block's ``e^2`` is what its scale costs in the end, later columns'
-  part included: the block is rounded with every candidate scale, and the least sum wins. (Its own 16 x 16
-  part of H, as metric `hessian` takes it, leaves out what later columns make up.)
+* **Search as it goes**, on the updated weights, in one of two ways. ``block`` takes the scale of least
+  ``dw^T H_bb dw`` under the block's own 16 x 16 part of H, as metric `hessian` does. ``feedback`` rounds the
+  block with every candidate and takes the least sum of ``e^2``, which is what the scale costs in the end if
+  later columns make up for it as continuous values could; that fits the calibration text more closely.
 * **Descent.** Afterwards, one block at a time with all others fixed, the error is a quadratic form in the
   block's own 16 values with the minimum ``t = W_b - (D H_b - D_b H_bb) H_bb^-1``. The block is rounded again
   from there, as above with U of ``H_bb^-1``, with every candidate scale; it is kept where it lowers the
@@ -31,7 +32,7 @@ from vllm_scalesearch.formats import (
     round_to_e2m1,
     unpack_e2m1,
 )
-from vllm_scalesearch.search import ScalePolicy
+from vllm_scalesearch.search import ScalePolicy, quantize
 
 # Columns whose updates reach the rest of the matrix together; a multiple of every block size.
 _LAZY_COLUMNS = 128
@@ -39,18 +40,25 @@ _LAZY_COLUMNS = 128
 _CHUNK_VALUES = 1 << 18
 
 
+SCALES = ("before", "block", "feedback")
+
+
 @dataclass(frozen=True)
 class GptqOptions:
     """How `gptq` works.
 
     damping: part of H's mean diagonal that is added to its diagonal.
-    research: choose scales as it goes; otherwise they are those of `scales`.
+    scales: ``before``: those that `gptq` is given; ``block`` or ``feedback``: chosen as it goes.
     descent: passes of block coordinate descent afterwards.
     """
 
     damping: float = 0.01
-    research: bool = True
+    scales: str = "block"
     descent: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scales not in SCALES:
+            raise ValueError(f"GPTQ's scales are chosen {', '.join(SCALES)}, not {self.scales!r}")
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -92,17 +100,17 @@ def gptq(
     """Quantize a matrix with error feedback, by the algorithm at the top of this file.
 
     weight: (N, K), finite. hessian: (K, K), E[x x^T]. tensor_scale: fp32 scalar, used as it is.
-    scales: (N, K // block) block scale codes, uint8, chosen before; needed unless `options.research`.
+    scales: (N, K // block) block scale codes, uint8, chosen before; needed where `options.scales` says so.
     Raises ValueError for shapes that do not fit, and for moments with NaN or infinity.
     """
     policy = ScalePolicy.of(policy)
     rows, width = weight.shape
     fmt.check_width(width, "gptq")
     if tuple(hessian.shape) != (width, width):
-        raise ValueError(
-            f"gptq: a weight of width {width} needs H ({width}, {width}), got {tuple(hessian.shape)}"
-        )
-    if not options.research and (scales is None or tuple(scales.shape) != (rows, width // fmt.block_size)):
+        raise ValueError(f"gptq: a weight of width {width} needs H of that width, got {tuple(hessian.shape)}")
+    if options.scales == "before" and (
+        scales is None or tuple(scales.shape) != (rows, width // fmt.block_size)
+    ):
         raise ValueError("gptq: without search as it goes it needs the scale code of every block")
     h = damped(hessian, options.damping)
     factor = inverse_factor(h).float()
@@ -111,13 +119,20 @@ def gptq(
     values = torch.empty_like(target)
     codes = torch.empty(rows, width // fmt.block_size, dtype=torch.int32, device=weight.device)
     work = target.clone()
-    block = fmt.block_size
+    block, one = fmt.block_size, torch.ones((), device=weight.device)
     for start in range(0, width, _LAZY_COLUMNS):
         end = min(start + _LAZY_COLUMNS, width)
         errors = work.new_empty(rows, end - start)
         for first in range(start, end, block):
             columns = slice(first, first + block)
-            fixed = None if options.research else scales[:, first // block].int()
+            fixed = None
+            if options.scales == "before":
+                fixed = scales[:, first // block].int()
+            elif options.scales == "block":
+                own = h[columns, columns].float().unsqueeze(0)
+                by_block = ScalePolicy(policy.rule, "hessian")
+                chosen = quantize(work[:, columns], fmt, by_block, tensor_scale=one, importance=own)
+                fixed = chosen.scales.view(torch.uint8).flatten().int()
             found, chosen, error, _ = _round_block(
                 work[:, columns], factor[columns, columns], fmt, policy, fixed
             )
@@ -127,7 +142,7 @@ def gptq(
         work[:, end:] -= errors @ factor[start:end, end:]
     h = h.float()
     for _ in range(options.descent):
-        if not _descend(target, values, codes, h, fmt, policy, options.research):
+        if not _descend(target, values, codes, h, fmt, policy, options.scales != "before"):
             break
     return _quantized(values, codes, fmt, tensor_scale)
 
@@ -150,7 +165,7 @@ def refine(
     elements = decode_e2m1(unpack_e2m1(quantized.packed)).unflatten(-1, (-1, fmt.block_size))
     values = (elements * fmt.decode_scales(codes).unsqueeze(-1)).flatten(1)
     for _ in range(options.descent):
-        if not _descend(target, values, codes, h, fmt, policy, options.research):
+        if not _descend(target, values, codes, h, fmt, policy, options.scales != "before"):
             break
     return _quantized(values, codes, fmt, quantized.tensor_scale)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_scalesearch.checkpoint.gptq import GptqOptions, damped, gptq, output_error, refine
+from vllm_scalesearch.checkpoint.gptq import SCALES, GptqOptions, damped, gptq, output_error, refine
 from vllm_scalesearch.checkpoint.layout import stored_scale
 from vllm_scalesearch.checkpoint.moments import MIN_TOKENS, InputMoments, block_moments
 from vllm_scalesearch.formats import NVFP4, QuantizedTensor, finite_amax, tensor_scale_of
@@ -15,8 +15,8 @@ from vllm_scalesearch.search import METRICS, ScalePolicy, quantize
 class Recipe:
     """How a matrix is quantized.
 
-    weights: rule of a `ScalePolicy`. metric: what the search minimises. gptq: round with error feedback;
-    fixed_scales: with the scales that `metric` chooses before, instead of those chosen as it goes.
+    weights: rule of a `ScalePolicy`. metric: what the search minimises. gptq: None, or round with error
+    feedback and scales chosen ``before`` by `metric`, or as it goes, by ``block`` or ``feedback`` (gptq.py).
     descent: passes of block coordinate descent afterwards. damping: see `gptq.GptqOptions`.
     correction: how much of the difference between what the unquantized model gives a layer and what the
     quantized one does is made up for by the weights' target, 0 to 1 (`target`).
@@ -24,8 +24,7 @@ class Recipe:
 
     weights: str = "paper"
     metric: str = "mse"
-    gptq: bool = False
-    fixed_scales: bool = False
+    gptq: str | None = None
     descent: int = 0
     damping: float = 0.03
     correction: float = 0.0
@@ -34,8 +33,8 @@ class Recipe:
         if self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}; there are {', '.join(METRICS)}")
         ScalePolicy(self.weights).check_format(NVFP4)
-        if self.fixed_scales and not self.gptq:
-            raise ValueError("--fixed-scales goes with --gptq")
+        if self.gptq is not None and self.gptq not in SCALES:
+            raise ValueError(f"--gptq {self.gptq}: choose from {', '.join(SCALES)}")
         for name, low, high in (("correction", 0, 1), ("damping", 0, 10), ("descent", 0, 1000)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"--{name} {getattr(self, name)}: must lie within {low} to {high}")
@@ -43,11 +42,11 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it needs second moments of the inputs."""
-        return self.metric != "mse" or self.gptq or self.descent > 0 or self.correction > 0
+        return self.metric != "mse" or self.gptq is not None or self.descent > 0 or self.correction > 0
 
     def without_moments(self) -> "Recipe":
         """What is done for matrices that saw too few tokens."""
-        return replace(self, metric="mse", gptq=False, fixed_scales=False, descent=0, correction=0.0)
+        return replace(self, metric="mse", gptq=None, descent=0, correction=0.0)
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,10 @@ def _quantize(
     hessian: torch.Tensor | None,
     fallback: str | None,
 ) -> Quantized:
-    options = GptqOptions(recipe.damping, not recipe.fixed_scales, recipe.descent)
-    if recipe.gptq:
+    options = GptqOptions(recipe.damping, recipe.gptq or "block", recipe.descent)
+    if recipe.gptq is not None:
         before = None
-        if recipe.fixed_scales:
+        if recipe.gptq == "before":
             before = _searched(weight, recipe, scale, hessian).scales.view(torch.uint8)
         found = gptq(weight, hessian, NVFP4, recipe.weights, scale, options, before)
     else:

@@ -29,9 +29,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         choices=("mse", "wmse", "hessian"),
         help="what the search minimises; default: hessian with calibration, mse without",
     )
-    parser.add_argument("--gptq", action="store_true", help="round with error feedback (GPTQ)")
     parser.add_argument(
-        "--fixed-scales", action="store_true", help="with --gptq: scales chosen before, not as it goes"
+        "--gptq",
+        nargs="?",
+        const="block",
+        choices=("before", "block", "feedback"),
+        help="round with error feedback (GPTQ); scales are chosen before, by --metric, or as it goes, by the "
+        "error of the block (default) or by what is left of it after feedback",
     )
     parser.add_argument(
         "--descent",
@@ -113,17 +117,20 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.trust_remote_code,
         origin,
     )
-    bar = tqdm(unit="step", disable=None)
+    bar: tqdm | None = None
 
     def progress(done: int, total: int, name: str) -> None:
-        bar.total = total
-        if done > bar.n and bar.n == 0:
-            bar.initial = done if done > 1 else 0
-        bar.n = done
-        bar.set_description(name or "done")
+        nonlocal bar
+        if bar is None:  # what a run did before it was resumed does not count for the time left
+            bar = tqdm(total=total, initial=done, unit="step", disable=None)
+        bar.set_description(name or "done", refresh=False)
+        bar.update(done - bar.n)
 
-    with bar:
+    try:
         report = work.run(progress)
+    finally:
+        if bar is not None:
+            bar.close()
     print(_table(report))
     print(f"{arguments.output}: {report['scheme']}, {len(report['layers'])} matrices")
 
@@ -134,12 +141,11 @@ def _options(arguments: argparse.Namespace):
 
     calibrated = arguments.calibration is not None
     metric = arguments.metric or ("hessian" if calibrated else "mse")
-    thorough = metric == "hessian" and not arguments.gptq
+    thorough = metric == "hessian" and arguments.gptq is None
     recipe = Recipe(
         weights=arguments.weights or (_WIDE if calibrated else "exact"),
         metric=metric,
         gptq=arguments.gptq,
-        fixed_scales=arguments.fixed_scales,
         descent=(3 if thorough else 0) if arguments.descent is None else arguments.descent,
         damping=arguments.damping,
         correction=(0.5 if thorough else 0.0) if arguments.correction is None else arguments.correction,
@@ -153,7 +159,7 @@ def _options(arguments: argparse.Namespace):
 
 def _changes(pattern: str, text: str) -> dict[str, Any]:
     """``weights=window:-3,7,metric=mse`` as a mapping; a comma within a value is kept."""
-    kinds = {"weights": str, "metric": str, "gptq": _boolean, "descent": int, "correction": float}
+    kinds = {"weights": str, "metric": str, "gptq": str, "descent": int, "correction": float}
     changes: dict[str, str] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
@@ -170,12 +176,6 @@ def _changes(pattern: str, text: str) -> dict[str, Any]:
         return {key: kinds[key](value) for key, value in changes.items()}
     except ValueError as error:
         raise ValueError(f"--override {pattern} {text}: {error}") from None
-
-
-def _boolean(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError(f"expected true or false, got {text!r}")
-    return text == "true"
 
 
 def _folder(model: str) -> Path:
@@ -205,7 +205,9 @@ def _table(report: dict[str, Any]) -> str:
     for kind, entries in kinds.items():
         plain = sum(entry["absmax_error"] for entry in entries) / len(entries)
         chosen = sum(entry["error"] for entry in entries) / len(entries)
-        metrics = ", ".join(sorted({entry["metric"] + (" gptq" if entry["gptq"] else "") for entry in entries}))
+        metrics = ", ".join(
+            sorted({entry["metric"] + (f" gptq {entry['gptq']}" if entry["gptq"] else "") for entry in entries})
+        )
         lines.append(f"{kind:<44} {plain:9.5f} {chosen:9.5f}  {metrics}")
     lines += [f"{e['name']}: metric mse, because it {e['fallback']}" for e in report["layers"] if e["fallback"]]
     lines += [f"{name}: not quantized: {why}" for name, why in report["not_quantized"].items()]
