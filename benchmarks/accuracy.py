@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[tuple[str, ...], bool]] = {
     "mse, full": (("--weights", "full", "--metric", "mse"), False),
     "wmse": ((*WIDE, "--metric", "wmse", *PLAIN), True),
     "hessian": ((*WIDE, "--metric", "hessian", *PLAIN), True),
-    "gptq+absmax": (("--weights", "absmax", "--metric", "mse", "--gptq", "--fixed-scales", *PLAIN), True),
+    "gptq+absmax": (("--weights", "absmax", "--metric", "mse", "--gptq", "before", *PLAIN), True),
     "gptq+hessian": ((*WIDE, "--metric", "hessian", "--gptq", *PLAIN), True),
     "default": ((), True),
 }
