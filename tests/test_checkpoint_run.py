@@ -151,6 +151,20 @@ def test_calibration_lowers_the_error_of_the_model(tiny, tmp_path):
     assert errors["hessian"] < 0.8 * errors["exact"] < 0.8 * errors["absmax"], errors
 
 
+def test_computing_in_bf16_as_on_a_gpu(tiny, tmp_path, monkeypatch):
+    def skeleton(self, trust_remote_code):
+        config = transformers.AutoConfig.from_pretrained(self.model)
+        return ModelSkeleton(self.reader, config, torch.bfloat16, self.device)
+
+    options = QuantizeOptions(HESSIAN, activations="paper", smooth=0.5)
+    fp32 = run(tiny("Llama"), tmp_path / "fp32", options, tokens())
+    monkeypatch.setattr(Run, "_skeleton", skeleton)
+    bf16 = run(tiny("Llama"), tmp_path / "bf16", options, tokens())
+    for mine, theirs in zip(fp32["layers"], bf16["layers"], strict=True):
+        assert mine["smoothed"] == theirs["smoothed"]
+        assert abs(mine["error"] - theirs["error"]) < 0.1 * mine["error"]
+
+
 def test_ignore_and_override(tiny, tmp_path):
     options = QuantizeOptions(
         Recipe("exact"), (("mlp", {"weights": "absmax"}), ("layers.1.mlp", {"weights": "fast"})), ("o_proj",)
@@ -349,7 +363,7 @@ while True:
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert not (folder / f"killed{renamed}").exists()
     assert child(lambda: work(folder / f"killed{renamed}", True)) == 0
-    renamed += 5
+    renamed += 7
 print(renamed)
 """
 
@@ -362,7 +376,7 @@ def test_killed_and_resumed_is_the_same_byte_for_byte(small, tmp_path):
     expected = contents(tmp_path / "whole")
     assert REPORT in expected and "config.json" in expected
     others = sorted(tmp_path.glob("killed*"))
-    assert len(others) >= 5
+    assert len(others) >= 4
     for folder in others:
         assert contents(folder) == expected, folder.name
 

@@ -428,9 +428,8 @@ class Run:
             runner.run(current, hidden, watched={group.names[0]: add(group) for group in plain})
             count += hidden.shape[1]
         mean_squares = {group: total / count for group, total in squares.items()}
-        exact32, sample32 = exact, sample.to(self.skeleton.dtype)
         dtype = next(iter(stored.values())).dtype
-        return smooth_layer(runner, exact32, groups, mean_squares, self.options.smooth, sample32, dtype)
+        return smooth_layer(runner, exact, groups, mean_squares, self.options.smooth, sample.float(), dtype)
 
     def _batches(self, groups: list[Group], exact: dict[str, torch.Tensor]) -> list[list[Group]]:
         """Groups whose moments are gathered in one pass: of one stage, and not too many."""
