@@ -13,8 +13,8 @@ queries itself, before the first tile: no other program needs them, so a kernel 
 trip through memory. Codes of the pages lie in the order of another instruction's operands (kv_pages.py); they
 are put into theirs in registers, two codes a byte.
 
-**Compiled for sm_100a, sm_103a and sm_120a (tests/test_fp4_attention.py), not run on any of them**, and its
-tile sizes are not tuned: they are such that Triton emits that MMA. What runs elsewhere is the same kernel with
+**Compiled for sm_100a and sm_120a (tests/test_fp4_attention.py), not run on either**, and its tile sizes are
+not tuned: they are such that Triton emits that MMA. What runs elsewhere is the same kernel with
 one function exchanged, as in fp4_product.py: it decodes codes and scales to fp16, exactly, for `tl.dot`. That
 was run in Triton's interpreter only; nothing here has been timed.
 """
@@ -64,22 +64,28 @@ if TYPE_CHECKING:
 # Values that one MMA sums over: head_dim is filled up to it, and a tile of tokens has as many at least.
 _MMA_DEPTH = 64
 
+# Triton 3.6, that of vLLM 0.32, does not compile for sm_100a a `tl.dot_scaled` in a loop that starts from a
+# constant zero: its OptimizeAccumulatorInit takes the operands' scales for accumulators that need no value.
+# 3.9 does; those between were not tried.
+_NEEDS_OPAQUE_ZERO = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+
 
 # --- operands ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _product(
-    a, a_scales, b, b_scales, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, FP4_UNITS: tl.constexpr
+    a, a_scales, b, b_scales, zero, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, FP4_UNITS: tl.constexpr
 ):
     """NVFP4 (M, K) times the transpose of NVFP4 (N, K): (M, N) fp32.
 
-    Codes are two a byte, low nibble first, and scales one for 16 values; all uint8.
+    Codes are two a byte, low nibble first, and scales one for 16 values; all uint8. zero: 0.0.
     """
     if FP4_UNITS:
         a_scales = a_scales.to(tl.float8e4nv, bitcast=True)
         b_scales = b_scales.to(tl.float8e4nv, bitcast=True)
-        return tl.dot_scaled(a, a_scales, "e2m1", tl.trans(b), b_scales, "e2m1")
+        accumulator = tl.full((M, N), zero, tl.float32)
+        return tl.dot_scaled(a, a_scales, "e2m1", tl.trans(b), b_scales, "e2m1", accumulator)
     else:
         return _dot(_decode(a, a_scales, M, K // 16), tl.trans(_decode(b, b_scales, N, K // 16)))
 
@@ -197,7 +203,7 @@ def _stored_values(
 
 @triton.jit
 def _plus_stored(
-    output, p, v, v_scales, ROWS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    output, p, v, v_scales, zero, ROWS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
     TWO_LEVELS: tl.constexpr, P_RULE: tl.constexpr, P_OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr,
     FP4_UNITS: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +213,7 @@ def _plus_stored(
         scale = _tensor_scale_of_bits(tl.max(_finite_magnitude_bits(p), 1))
         p = p * tl.div_rn(1.0, scale)[:, None]
     codes, scales = _packed(p, False, P_RULE, P_OFFSETS, ROWS, TILE, HW_E2M1)
-    return output + _product(codes, scales, v, v_scales, ROWS, WIDE, TILE, FP4_UNITS) * scale[:, None]
+    return output + _product(codes, scales, v, v_scales, zero, ROWS, WIDE, TILE, FP4_UNITS) * scale[:, None]
 
 
 # --- the kernel ----------------------------------------------------------------------------------
@@ -233,12 +239,13 @@ def _fp4_attention_kernel(
     V_CODES: tl.constexpr, V_SCALES: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     WINDOW: tl.constexpr, OWN_CHUNK: tl.constexpr, SOFT_CAP: tl.constexpr, Q_RULE: tl.constexpr,
     Q_OFFSETS: tl.constexpr, P_RULE: tl.constexpr, P_OFFSETS: tl.constexpr, TWO_LEVELS: tl.constexpr,
-    HW_E2M1: tl.constexpr, FP4_UNITS: tl.constexpr,
+    HW_E2M1: tl.constexpr, FP4_UNITS: tl.constexpr, OPAQUE_ZERO: tl.constexpr,
 ):  # fmt: skip
     """Program (i, head): QUERIES queries of a request and KV head, over all of its keys.
 
     ROWS >= QUERIES * GROUP. WIDE: D rounded up to a power of two. WINDOW: 0 for none. unit: what the output
-    is summed up in units of, V's tensor scale.
+    is summed up in units of, V's tensor scale. OPAQUE_ZERO: sums start from a zero that the compiler cannot
+    tell to be one (`_NEEDS_OPAQUE_ZERO`).
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     request = _request_of_block(query_start_loc_ptr, tl.program_id(0), requests, QUERIES)
@@ -288,6 +295,9 @@ def _fp4_attention_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     output = tl.zeros((ROWS, WIDE), tl.float32)
     inside = tl.arange(0, TILE)
+    zero = 0.0
+    if OPAQUE_ZERO:
+        zero = tl.minimum(first_query, 0).to(tl.float32)
     for phase in range(2):
         # General tiles before the pure ones, the pure ones, and general tiles after them.
         begin = tl.where(phase == 0, first, pure_last)
@@ -319,7 +329,7 @@ def _fp4_attention_kernel(
                 k, k_scales = _stored_keys(
                     pages_ptr, table_ptr, token, keep, page_words, K_SCALES, D, WIDE, PAGE, TILE, True
                 )
-                scores = _product(q, q_scales, k, k_scales, ROWS, TILE, WIDE, FP4_UNITS)
+                scores = _product(q, q_scales, k, k_scales, zero, ROWS, TILE, WIDE, FP4_UNITS)
                 scores = _scaled(scores, score_scale, cap, SOFT_CAP)
                 scores = tl.where(stored & visible, scores, float("-inf"))
                 p, maximum, total, output = _softmax_step(scores, maximum, total, output)
@@ -328,14 +338,15 @@ def _fp4_attention_kernel(
                     D, WIDE, PAGE, TILE, True,
                 )  # fmt: skip
                 output = _plus_stored(
-                    output, p, v, v_scales, ROWS, WIDE, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1, FP4_UNITS
-                )
+                    output, p, v, v_scales, zero, ROWS, WIDE, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1,
+                    FP4_UNITS,
+                )  # fmt: skip
         for tile in range(middle, end):
             k, k_scales = _stored_keys(
                 pages_ptr, table_ptr, tile * TILE + inside, None, page_words, K_SCALES, D, WIDE, PAGE, TILE,
                 False,
             )  # fmt: skip
-            scores = _product(q, q_scales, k, k_scales, ROWS, TILE, WIDE, FP4_UNITS)
+            scores = _product(q, q_scales, k, k_scales, zero, ROWS, TILE, WIDE, FP4_UNITS)
             scores = _scaled(scores, score_scale, cap, SOFT_CAP)
             p, maximum, total, output = _softmax_step(scores, maximum, total, output)
             v, v_scales = _stored_values(
@@ -343,8 +354,9 @@ def _fp4_attention_kernel(
                 False,
             )  # fmt: skip
             output = _plus_stored(
-                output, p, v, v_scales, ROWS, WIDE, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1, FP4_UNITS
-            )
+                output, p, v, v_scales, zero, ROWS, WIDE, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1,
+                FP4_UNITS,
+            )  # fmt: skip
 
     output *= (unit / total)[:, None]
     column = tl.arange(0, WIDE)
@@ -459,6 +471,7 @@ def attention_constants(
         TWO_LEVELS=options.two_level_p,
         HW_E2M1=capability[0] >= 10,
         FP4_UNITS=fp4_units,
+        OPAQUE_ZERO=fp4_units and _NEEDS_OPAQUE_ZERO,
     )
     warps = 8 if rows > BLOCK else 4
     # The search's products must not be contracted (triton_quantize.py).
