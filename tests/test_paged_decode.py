@@ -9,7 +9,7 @@ from test_triton_attention import BF16, FP16, SENTINEL, build, check_output, lik
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import cuda_paged_decode
+from vllm_scalesearch.ops import cuda_paged_decode, paged_attention
 
 KV = dict(q=None, p=None, k="fast", v="fast", v_group="tokens", recent=16)
 
@@ -22,6 +22,27 @@ def test_it_compiles_without_a_gpu(dim: int, arch: str) -> None:
         PageLayout(64, dim, "tokens"), 16, options, 8 if dim < 256 else 4, BF16
     )
     assert compile_kernel("paged_decode.cu", "paged_decode", macros, arch)[1:4] == b"ELF"
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "queries", "expected"),
+    [
+        ((9, 0), {}, 1, "cuda"),
+        ((9, 0), {}, 2, "triton"),
+        ((10, 0), {}, 1, "cuda"),
+        ((8, 9), dict(v_group="head_dim"), 1, "triton"),
+        ((9, 0), dict(q="paper", p="paper"), 1, "triton"),
+        ((10, 0), dict(q="paper", p="paper"), 7, "fp4"),
+        ((12, 0), dict(q="paper", p="paper"), 1, "fp4"),
+        ((12, 0), dict(q="paper", p="paper", v_group="head_dim"), 1, "triton"),
+    ],
+    ids=str,
+)
+def test_which_kernel_attends(capability, changes, queries, expected, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    options = AttentionOptions(**(KV | changes))
+    layout = PageLayout(64, 128, options.v_group)
+    assert paged_attention.kernel_for(layout, options, queries, torch.device("cuda")) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,7 +77,7 @@ OPTIONS = {
 def run(batch) -> torch.Tensor:
     q = batch.q.to("cuda")
     output = torch.full_like(q, SENTINEL)
-    assert cuda_paged_decode.unsupported(batch.layout, batch.options, 1, q.device) is None
+    assert cuda_paged_decode.unsupported(batch.layout, batch.options, q.device) is None
     cuda_paged_decode.decode(
         q, like(batch.needed_pages, "cuda"), like(batch.needed_full, "cuda"), batch.layout,
         on_device(batch.needed_step), batch.options, output,

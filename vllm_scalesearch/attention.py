@@ -398,8 +398,10 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
         if not current_platform.is_cuda():
             return "torch"
         layout = PageLayout(self.vllm_config.cache_config.block_size, self.head_size, self.options.v_group)
-        group, device = self.num_heads // self.num_kv_heads, torch.device("cuda", torch.cuda.current_device())
-        reason = cuda_paged_decode.unsupported(layout, self.reference, group, device)
+        device = torch.device("cuda", torch.cuda.current_device())
+        if paged_attention.kernel_for(layout, self.reference, 1, device) == "fp4":
+            return "FP4 tensor cores by Triton, which was compiled but never run on such a GPU"
+        reason = cuda_paged_decode.unsupported(layout, self.reference, device)
         decode = "CUDA kernel" if reason is None else f"Triton (not CUDA: {reason})"
         prompts = "Triton (as stored)"
         if self.options.prefill == "full_precision":

@@ -26,11 +26,8 @@ _ITEMS = 1 << 16
 _LEAST_V_SCALE, _LARGEST_V_SCALE = 2.0**-60, 2.0**4
 
 
-def unsupported(layout: PageLayout, options: AttentionOptions, group: int, device: torch.device) -> str | None:
-    """Why the kernel cannot run a layer's decode steps, or None if it can.
-
-    group: query heads of a KV head.
-    """
+def unsupported(layout: PageLayout, options: AttentionOptions, device: torch.device) -> str | None:
+    """Why the kernel cannot run a layer's decode steps, or None if it can."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     if layout.v_group != "tokens" or not options.incomplete:

@@ -124,18 +124,7 @@ def attention(
     past the step's tokens are left alone. The arithmetic is fp32.
     """
     if pages.device.type == "cuda":
-        from vllm_scalesearch.ops import cuda_paged_decode, triton_kv_write, triton_paged_attention
-
-        group = q.shape[1] // pages.shape[1]
-        if (
-            step.max_query_len == 1
-            and cuda_paged_decode.unsupported(layout, options, group, pages.device) is None
-        ):
-            q, _ = triton_kv_write.transform_query(q, q_matrix, options)
-            cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
-            return
-        q, q_stored = triton_kv_write.transform_query(q, q_matrix, options)
-        triton_paged_attention.attention(q, q_stored, pages, full, layout, step, options, output)
+        _attention_on_cuda(q, pages, full, layout, step, q_matrix, options, output)
         return
     if q_matrix is not None:
         q = transformed(q, q_matrix)
@@ -158,6 +147,51 @@ def attention(
         # Where P stays as it is, the width of a tile changes nothing but rounding.
         wide = options if options.p is not None else replace(options, kv_tile=-(-length // BLOCK) * BLOCK)
         output[rows] = attend(operands, wide).permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
+
+
+def kernel_for(layout: PageLayout, options: AttentionOptions, queries: int, device: torch.device) -> str:
+    """Which kernel attends to the cache on a CUDA GPU, where no request has more than `queries` queries.
+
+    ``fp4``: ops/triton_fp4_attention.py. ``cuda``: ops/cuda_paged_decode.py. ``triton``:
+    ops/triton_paged_attention.py.
+    """
+    from vllm_scalesearch.ops import cuda_paged_decode, triton_fp4_attention
+
+    fp4_units = torch.cuda.get_device_capability(device) in triton_fp4_attention.FP4_CAPABILITIES
+    if fp4_units and triton_fp4_attention.unsupported(layout, options) is None:
+        return "fp4"
+    if queries == 1 and cuda_paged_decode.unsupported(layout, options, device) is None:
+        return "cuda"
+    return "triton"
+
+
+def _attention_on_cuda(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: Step,
+    q_matrix: torch.Tensor | None,
+    options: AttentionOptions,
+    output: torch.Tensor,
+) -> None:
+    from vllm_scalesearch.ops import (
+        cuda_paged_decode,
+        triton_fp4_attention,
+        triton_kv_write,
+        triton_paged_attention,
+    )
+
+    kernel = kernel_for(layout, options, step.max_query_len, pages.device)
+    if kernel == "fp4":  # packs its queries itself
+        q, _ = triton_kv_write.transform_query(q, q_matrix, replace(options, q=None))
+        triton_fp4_attention.attention(q, pages, full, layout, step, options, output)
+        return
+    q, q_stored = triton_kv_write.transform_query(q, q_matrix, options)
+    if kernel == "cuda":
+        cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
+    else:
+        triton_paged_attention.attention(q, q_stored, pages, full, layout, step, options, output)
 
 
 def _decode(
