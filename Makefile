@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Passed on to pytest: make test ARGS="-k search"
 ARGS ?=
+# Files that are tested at the same time, each on a core of its own.
+WORKERS ?= 2
 
 .PHONY: demo test lint
 INSTALLED := $(VENV)/.installed
@@ -13,7 +15,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m vllm_scalesearch.demo
 
 test: lint
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

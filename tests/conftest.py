@@ -14,6 +14,14 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # commands make it WARNING where nothing is set
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core for each of pytest's workers: engines that share cores wait for each other's threads.
+    _cores = sorted(os.sched_getaffinity(0))
+    _core = _cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_cores)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(_core))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 # Functions are sent to the engine's workers; they come from these tests.
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 

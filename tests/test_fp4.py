@@ -13,8 +13,10 @@ import torch
 from conftest import prompt_logprobs
 from torch.library import opcheck
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.kernels import linear as linear_kernels
 from vllm.model_executor.kernels.linear import nvfp4
 from vllm.model_executor.kernels.linear.nvfp4 import cutlass, flashinfer
+from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
@@ -334,6 +336,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         platform, found = type(current_platform), DeviceCapability(*capability)
         monkeypatch.setattr(platform, "_enum", PlatformEnum.CUDA)
         monkeypatch.setattr(platform, "get_device_capability", classmethod(lambda cls, device_id=0: found))
+        # What the plugin has put there for the CPU (cpu_nvfp4.py), where such a GPU would not.
+        monkeypatch.setattr(linear_kernels, "MarlinNvFp4LinearKernel", MarlinNvFp4LinearKernel)
         monkeypatch.setattr(flashinfer, "has_flashinfer", lambda: with_flashinfer)
         monkeypatch.setattr(
             "vllm.model_executor.layers.quantization.utils.nvfp4_utils.cutlass_scaled_mm_supports_fp4",
