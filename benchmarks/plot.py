@@ -1,6 +1,6 @@
 """Plots of `results/*.json`, beside them as PNG.
 
-python benchmarks/plot.py [gemm quantize serve]
+python benchmarks/plot.py [gemm quantize serve attention]
 """
 
 import json
@@ -65,7 +65,22 @@ def serve() -> plt.Figure:
     return figure
 
 
-PLOTS = {"gemm": gemm, "quantize": quantize, "serve": serve}
+def attention() -> plt.Figure:
+    results, machine = _load("attention")
+    names = ("FA3 bf16", "FA3 fp8", "ours")
+    figure, axis = plt.subplots(figsize=(10, 4.5))
+    for i, (name, color) in enumerate(zip(names, ("tab:blue", "tab:orange", "black"), strict=True)):
+        share = [line["us"][name] / line["limit_us"] for line in results["decode"]]
+        axis.bar([n + 0.26 * (i - 1) for n in range(len(share))], share, 0.24, label=name, color=color)
+    axis.axhline(1, color="tab:red", label="the packed bytes at the copy's rate")
+    axis.set_xticks(range(len(results["decode"])), [line["shape"] for line in results["decode"]])
+    axis.set(xlabel="requests x tokens", ylabel="time over that of the packed bytes")
+    axis.set_title(f"Decoding, {results['heads']} query and {results['kv_heads']} KV heads ({machine})")
+    axis.legend()
+    return figure
+
+
+PLOTS = {"gemm": gemm, "quantize": quantize, "serve": serve, "attention": attention}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or [name for name in PLOTS if (RESULTS / f"{name}.json").exists()]:
