@@ -18,13 +18,13 @@ A slot is ``block * block_size + offset``; a negative one is of a token that is 
 written to both kinds. Along tokens, a tile of V is quantized once its last token arrives, from the
 full-precision pages that hold its 16 tokens.
 
-**The order of codes** is that of the operands of the tensor cores' ``mma.m16n8k32``, so that a thread reads
-just what it multiplies, in loads of up to 16 bytes, and widens E2M1 to E4M3 by moving bits. Lane ``4 * g + t``
-of a warp (g in 0..7, t in 0..3) holds registers of four bytes i in 0..3: those at ``4 * t + i`` of 16 products,
-of row g, or column g of the right operand; others are of the second 16 products of the 32, or of row g + 8. A
-word of 32 bits here is two such registers, one in its low nibbles, one in its high ones. Products with K run
-along channels, and the two are of two blocks of 16. Those with V along tokens have channels for rows, and the
-two are of rows g and g + 8.
+**The order of codes** is that of operands of the tensor cores' 16-bit ``mma.m16n8k16``
+(kernels/paged_decode.cu), so that a thread reads just what it multiplies, in loads of up to 16 bytes, and
+widens E2M1 to fp16 by moving bits. Lane ``4 * g + t`` of a warp (g in 0..7, t in 0..3) has rows g and g + 8
+of 16, and four of the 16 that are summed over, here ``4 * t`` to ``4 * t + 3``: which four is free, as long
+as both operands agree. A word of 32 bits holds two times four codes, byte i that of ``4 * t + i`` twice, in
+its low and its high nibble. Products with K run along channels, and the two are of two blocks of 16. Those
+with V along tokens have channels for rows, and the two are of rows g and g + 8.
 """
 
 import functools
