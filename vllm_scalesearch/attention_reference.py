@@ -46,6 +46,7 @@ are that small needs a smaller `v_scale`.
 Quantization itself is search.py's, in fp32, whatever the arithmetic around it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +129,17 @@ class AttentionOptions:
             raise ValueError(f"a sliding window holds at least the query itself, got {self.sliding_window}")
         if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be above 0, got {self.logits_soft_cap}")
+
+    def exp2_scales(self, head_size: int) -> tuple[float, float]:
+        """What kernels with exponents of two multiply scores by, and the soft cap in their units, or 0.
+
+        With a cap a score becomes ``cap * (1 - 2 / (exp2(x) + 1))``, which is ``cap * tanh(x / 2 / log2(e))``.
+        """
+        scale = head_size**-0.5 if self.softmax_scale is None else self.softmax_scale
+        scale *= math.log2(math.e)
+        if self.logits_soft_cap is None:
+            return scale, 0.0
+        return scale * 2 / self.logits_soft_cap, self.logits_soft_cap * math.log2(math.e)
 
     def boundary(self, positions: torch.Tensor) -> torch.Tensor:
         """First token that is in full precision for being new, for queries at `positions` (int64), which

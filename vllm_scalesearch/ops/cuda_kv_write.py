@@ -15,7 +15,7 @@ from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES
-from vllm_scalesearch.ops.triton_kv_write import check_cache
+from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_cache, check_tokens
 from vllm_scalesearch.search import ScalePolicy
 
 if TYPE_CHECKING:
@@ -102,16 +102,8 @@ def write(
     """
     check_cache(pages, full, layout, options)
     heads, dim, tokens = pages.shape[1], layout.head_size, len(step.slots)
-    for name, x in (("k", k), ("v", v)):
-        if x.ndim != 3 or x.shape[1:] != (heads, dim) or len(x) < tokens or x.dtype != full.dtype:
-            raise ValueError(
-                f"KV cache: expected {name} of at least ({tokens}, {heads}, {dim}) {full.dtype}, got "
-                f"{tuple(x.shape)} {x.dtype}"
-            )
-    if k_matrix is not None and (k_matrix.shape != (heads, dim, dim) or k_matrix.dtype != torch.float32):
-        raise ValueError(
-            f"expected a matrix ({heads}, {dim}, {dim}) fp32, got {tuple(k_matrix.shape)} {k_matrix.dtype}"
-        )
+    check_tokens(k, v, tokens, heads, dim, full.dtype)
+    _checked_matrix(k_matrix, heads, dim)
     if pages.stride(0) % 4 or full.stride(0) % 8 or full.stride(1) % 8 or full.data_ptr() % 16:
         raise ValueError(f"KV cache: 16-bit pages must lie at multiples of 16 bytes, strides {full.stride()}")
     if not tokens:

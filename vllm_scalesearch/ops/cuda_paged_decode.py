@@ -6,7 +6,6 @@ captured in a CUDA graph after a first call, which compiles.
 """
 
 import functools
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,13 +102,7 @@ def decode(
     grid = _multiprocessors(q.device) * blocks
     partial = torch.empty(2 * grid * queries * (dim + 2), dtype=torch.float32, device=q.device)
     statistics = partial[2 * grid * queries * dim :]
-    score_scale = dim**-0.5 if options.softmax_scale is None else options.softmax_scale
-    score_scale *= math.log2(math.e)
-    cap = 0.0
-    if options.logits_soft_cap is not None:
-        # tanh(x) is 1 - 2 / (exp(2 x) + 1).
-        score_scale *= 2 / options.logits_soft_cap
-        cap = options.logits_soft_cap * math.log2(math.e)
+    score_scale, cap = options.exp2_scales(dim)
     v_scale = float(options.v_scale)
     run(
         (grid, 1, 1), 32 * _WARPS, _shared_bytes(dim, queries),

@@ -37,7 +37,6 @@ from vllm_scalesearch.ops.triton_kv_write import (
     page_constants,
 )
 from vllm_scalesearch.ops.triton_paged_attention import (
-    _LOG2_E,
     _boundary,
     _capability,
     _dot,
@@ -407,13 +406,7 @@ def attention(
     constants, launch = attention_constants(
         layout, full.shape[2], options, group, step.max_query_len, _capability(q.device)
     )
-    score_scale = dim**-0.5 if options.softmax_scale is None else options.softmax_scale
-    score_scale *= _LOG2_E
-    cap = 0.0
-    if options.logits_soft_cap is not None:
-        # tanh(x) is 1 - 2 / (exp(2 x) + 1).
-        score_scale *= 2 / options.logits_soft_cap
-        cap = options.logits_soft_cap * _LOG2_E
+    score_scale, cap = options.exp2_scales(dim)
     _fp4_attention_kernel[(tokens // constants["QUERIES"] + requests, heads)](
         q, pages, full, output, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
         requests, step.block_table.stride(0), step.full_block_table.stride(0), score_scale, cap,

@@ -311,12 +311,8 @@ def transform_and_write(
     """
     check_cache(pages, full, layout, options)
     heads, dim, tokens = pages.shape[1], layout.head_size, len(step.slots)
+    check_tokens(k, v, tokens, heads, dim, full.dtype)
     for name, x in (("k", k), ("v", v)):
-        if x.ndim != 3 or x.shape[1:] != (heads, dim) or len(x) < tokens or x.dtype != full.dtype:
-            raise ValueError(
-                f"KV cache: expected {name} of at least ({tokens}, {heads}, {dim}) {full.dtype}, got "
-                f"{tuple(x.shape)} {x.dtype}"
-            )
         if x.stride(2) != 1:
             raise ValueError(f"KV cache: {name}'s last dimension must be contiguous, strides {x.stride()}")
     matrix = _checked_matrix(k_matrix, heads, dim)
@@ -396,6 +392,18 @@ def check_cache(pages: torch.Tensor, full: torch.Tensor, layout: PageLayout, opt
         if isinstance(value, torch.Tensor) or (fixed is not None and value != fixed):
             raise ValueError(f"attention over pages takes {'a number' if fixed is None else fixed} as {name}")
     _check_device(pages)
+
+
+def check_tokens(
+    k: torch.Tensor, v: torch.Tensor, tokens: int, heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Raise ValueError for keys and values that the kernels do not take."""
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != 3 or x.shape[1:] != (heads, dim) or len(x) < tokens or x.dtype != dtype:
+            raise ValueError(
+                f"KV cache: expected {name} of at least ({tokens}, {heads}, {dim}) {dtype}, got "
+                f"{tuple(x.shape)} {x.dtype}"
+            )
 
 
 def check_queries(q: torch.Tensor) -> None:

@@ -18,7 +18,6 @@ Grids follow from shapes alone and nothing waits for the device, so all of it ca
 """
 
 import functools
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
 _EMULATED = tl.constexpr(triton_quantize._INTERPRETED)
 # A stored value is its operand times this; so far below it, no product on the way leaves fp32.
 _STORED_UNIT = tl.constexpr(256.0)
-_LOG2_E = math.log2(math.e)
 
 # Row blocks' programs of a multiprocessor that are enough not to share keys, and the fewest tiles that are
 # worth a program of their own.
@@ -528,13 +526,7 @@ def attention(
         maximum, total, partial = (
             torch.empty(s, dtype=torch.float32, device=q.device) for s in (shape, shape, (*shape, dim))
         )
-    score_scale = dim**-0.5 if options.softmax_scale is None else options.softmax_scale
-    score_scale *= _LOG2_E
-    cap = 0.0
-    if options.logits_soft_cap is not None:
-        # tanh(x) is 1 - 2 / (exp(2 x) + 1).
-        score_scale *= 2 / options.logits_soft_cap
-        cap = options.logits_soft_cap * _LOG2_E
+    score_scale, cap = options.exp2_scales(dim)
     unit = float(options.v_scale) * _STORED_UNIT.value
     _attention_kernel[(blocks, heads, segments)](
         q, q_stored, pages, full, output, partial, maximum, total,
