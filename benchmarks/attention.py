@@ -2,7 +2,8 @@
 
     python benchmarks/attention.py [--shapes 32x8192 ...] [--heads 32 --kv-heads 8 --head-size 128]
 
-Chunks of prompts, and the writing of the cache; then decoding: one query a request, pages in random order.
+Whole prompts with Q, K, V and P quantized; chunks of prompts, and the writing of the cache; then decoding: one
+query a request, pages in random order.
 Caches rotate, so that they come from memory; the variants take turns in one run, as CUDA graphs. The peers need
 vLLM for CUDA. `limit` is what the packed bytes of stored tokens take at the rate of a copy; `% of limit` its
 share of the time.
@@ -164,6 +165,62 @@ def chunk(context: int, queries: int, heads: int, kv_heads: int, dim: int, optio
     return {"ours": [ours] * 3, "FA3 bf16": [peer] * 3, "writing the cache": [write_cache] * 3}
 
 
+def quantized_prompt(
+    queries: int, heads: int, kv_heads: int, dim: int
+) -> tuple[dict[str, list], dict[str, float]]:
+    """A whole prompt with Q, K, V and P quantized, by policies of P, beside FlashAttention 3; and P's errors.
+
+    An error is that of the output relative to the output with everything but P quantized, of random values.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    layout, full_size = PageLayout(BLOCK_SIZE, dim, "tokens"), BLOCK_SIZE // 4
+    block_table, blocks = pages_of(1, queries, BLOCK_SIZE)
+    full_table, full_blocks = pages_of(1, queries, full_size)
+    pages = packed_cache(layout, blocks, kv_heads)
+    full = torch.zeros(full_blocks, kv_heads, full_size, 2 * dim, device="cuda", dtype=torch.bfloat16)
+    starts = torch.tensor([0, queries], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([queries], dtype=torch.int32, device="cuda")
+    positions = torch.arange(queries, device="cuda")
+    slots = (
+        table[0, positions // size].long() * size + positions % size
+        for table, size in ((block_table, BLOCK_SIZE), (full_table, full_size))
+    )
+    step = Step(starts, lengths, block_table, full_table, *slots, queries)
+    (group,) = attention_prefill.plan(starts, [0, queries], lengths, [queries], 0, queries)
+    q = torch.randn(queries, heads, dim, device="cuda").bfloat16()
+    k, v = (torch.randn(queries, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
+    matrix = torch.randn(kv_heads, dim, dim, device="cuda") * dim**-0.5
+    cuda_kv_write.write(pages, full, layout, step, k, v, None, AttentionOptions(v_scale=1 / 16))
+    calls, outputs = {}, {}
+    for name, p in (("P kept", None), *((f"P {p}", p) for p in ("absmax", "fast", "paper"))):
+        options = AttentionOptions(p=p, recent=64, v_scale=1 / 16)
+        outputs[name] = torch.empty_like(q)
+
+        def attend(options=options, output=outputs[name]):
+            attention_prefill.attend(
+                q, k, v, pages, full, layout, step, group, matrix, options, output, None
+            )  # fmt: skip
+
+        calls[name] = [attend] * 3
+        attend()
+    exact = outputs["P kept"].float()
+    errors = {
+        name: ((output.float() - exact).norm() / exact.norm()).item()
+        for name, output in outputs.items()
+        if name != "P kept"
+    }
+    output = torch.empty_like(q)
+
+    def peer():
+        flash_attn_varlen_func(
+            q, k, v, queries, starts, queries, cu_seqlens_k=starts, causal=True, out=output, fa_version=3
+        )
+
+    calls["FA3 bf16"] = [peer] * 3
+    return calls, errors
+
+
 def decode_write(batch: int, kv_heads: int, dim: int, options) -> list:
     """Writing a decode step's tokens, every sixteenth of which completes a tile of V."""
     layout = PageLayout(BLOCK_SIZE, dim, "tokens")
@@ -201,6 +258,19 @@ def prompts(args, options) -> list[dict]:
     return found
 
 
+def quantized_prompts(args) -> list[dict]:
+    """Whole prompts with Q, K, V and P quantized, in causal TFLOP/s."""
+    found = []
+    for queries in (8192, 32768):
+        calls, errors = quantized_prompt(queries, args.heads, args.kv_heads, args.head_size)
+        times = time_interleaved(calls, rounds=7)
+        flops = 2 * queries * (queries + 1) * args.heads * args.head_size
+        rate = {name: flops / t * 1e-6 for name, t in times.items()}
+        found.append({"queries": queries, "us": times, "tflops": rate, "errors": errors})
+        print(f"{queries} queries, Q, K, V and P quantized", times, rate, errors, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="requests x tokens of each")
@@ -208,19 +278,21 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--no-peers", action="store_true", help="without FlashAttention 3")
-    parser.add_argument("--only", choices=["decode", "prompts"], help="default: both")
+    parser.add_argument("--only", choices=["decode", "prompts", "quantized"], help="default: all")
     parser.add_argument("--triton", action="store_true", help="with our Triton kernel")
     parser.add_argument("--name", default="attention", help="of the file under results/")
     args = parser.parse_args()
     rate = copy_bandwidth()
     options = AttentionOptions(q=None, p=None, recent=64, v_scale=1 / 16)
     description = dict(heads=args.heads, kv_heads=args.kv_heads, head_size=args.head_size)
-    if args.only != "decode":
+    if args.only in (None, "quantized"):
+        write(args.name + "_quantized", {**description, "prompts": quantized_prompts(args)})
+    if args.only in (None, "prompts"):
         written = time_interleaved({"128": decode_write(128, args.kv_heads, args.head_size, options)})["128"]
         print(f"writing 128 tokens of a decode step: {written:.1f} us")
         found = prompts(args, replace(options, own_chunk=True))
         write(args.name + "_prompts", {**description, "write_128_us": written, "chunks": found})
-    if args.only == "prompts":
+    if args.only in ("prompts", "quantized"):
         return
     results = []
     for shape in args.shapes:

@@ -43,6 +43,10 @@ ABLATION: dict[str, tuple[AttentionOptions, bool]] = {
     "without H and R": (replace(ALL_ON, hadamard=False), False),
     "without bf16 blocks": (replace(ALL_ON, sink=0, incomplete=False), True),
     "one-level P": (replace(ALL_ON, two_level_p=False), True),
+    "P absmax": (replace(ALL_ON, p="absmax"), True),
+    "P fast": (replace(ALL_ON, p="fast"), True),
+    "P kept": (replace(ALL_ON, p=None), True),
+    "Q absmax": (replace(ALL_ON, q="absmax"), True),
     "absmax, nothing else": (
         replace(ALL_ON, **ABSMAX, hadamard=False, sink=0, incomplete=False, two_level_p=False),
         False,

@@ -12,7 +12,7 @@ from test_attention_vllm import generate, random_prompt, start
 
 from vllm_scalesearch import attention_prefill, kv_pages
 from vllm_scalesearch.attention_prefill import plan
-from vllm_scalesearch.ops import paged_attention, triton_kv_gather, triton_kv_write
+from vllm_scalesearch.ops import cuda_prompt_attention, paged_attention, triton_kv_gather, triton_kv_write
 
 
 def test_groups_hold_what_the_budget_allows() -> None:
@@ -65,6 +65,13 @@ def attended(self, q, k, v, output, group, options) -> None:
         output[rows] = found.transpose(0, 1).to(output.dtype)
 
 
+def tiled(q, q_stored, pages, full, layout, step, group, options, output) -> None:
+    """`cuda_prompt_attention.attend`, by the definition."""
+    assert group.query_start_loc.diff().equal(step.query_start_loc.diff()) and q.shape == output.shape
+    step = replace(step, query_start_loc=group.query_start_loc)
+    paged_attention.attention(q, pages, full, layout, step, None, options, output)
+
+
 class Gpu:
     """The platform, saying that it is CUDA."""
 
@@ -81,18 +88,20 @@ class Gpu:
 @pytest.mark.vllm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="replaces the kernels of a GPU")
 @pytest.mark.parametrize(
-    ("architecture", "config", "prefill"),
+    ("architecture", "config", "kernel"),
     [
-        ("Llama", {}, "full_precision"),
-        ("Mistral", {"sliding_window": 40}, "full_precision"),
-        ("Llama", {}, "stored"),
+        ("Llama", {}, "flash"),
+        ("Mistral", {"sliding_window": 40}, "flash"),
+        ("Llama", {}, "tiles"),
+        ("Llama", {}, "triton"),
     ],
 )
-def test_steps_are_split_as_a_gpu_needs_it(engine, tiny, monkeypatch, architecture, config, prefill) -> None:
+def test_steps_are_split_as_a_gpu_needs_it(engine, tiny, monkeypatch, architecture, config, kernel) -> None:
     from vllm_scalesearch import attention
 
     impl = attention.ScaleSearchAttentionImpl
     forward, kinds = impl.forward, set()
+    tiles = []
 
     def compared(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest, **named):
         """What the parts give against attention to all of the step at once, the same cache read twice."""
@@ -113,15 +122,18 @@ def test_steps_are_split_as_a_gpu_needs_it(engine, tiny, monkeypatch, architectu
     monkeypatch.setattr(impl, "forward", compared)
     monkeypatch.setattr(impl, "_flash_attention", attended)
     monkeypatch.setattr(impl, "_kernels", lambda self: "torch in the place of kernels")
+    monkeypatch.setattr(impl, "_prompt_kernel", lambda self: kernel)
+    monkeypatch.setattr(cuda_prompt_attention, "attend", lambda *given: tiles.append(tiled(*given)))
     monkeypatch.setattr(triton_kv_gather, "gather", gathered)
     monkeypatch.setattr(
         triton_kv_write, "transform_query", lambda q, m, options: (paged_attention.transformed(q, m), None)
     )
+    prefill = "full_precision" if kernel == "flash" else "stored"
     llm = start(engine, tiny(architecture, head_dim=64, **config), {"prefill": prefill},
                 max_num_batched_tokens=48, max_num_seqs=8)  # fmt: skip
     generate(llm, [random_prompt(n, n) for n in (5, 130, 20, 61, 90)], tokens=12)
-    dense = prefill == "full_precision"
-    # With and without decodes in front; short prompts and those of the stored mode are read packed.
+    # With and without decodes in front; in groups, some with context.
     assert {True, False} == {kind[0] for kind in kinds}
-    assert (True in {kind[2] for kind in kinds}) == dense
-    assert (False in {kind[1] for kind in kinds}) == dense
+    assert False in {kind[1] for kind in kinds}
+    assert True in {kind[2] for kind in kinds}
+    assert bool(tiles) == (kernel == "tiles")

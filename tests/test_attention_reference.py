@@ -290,7 +290,7 @@ def slow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Attenti
             p = len(k) - len(q) + i
             q_stored = along_head(queries[i], o.q, o.q_scale)
             first = 0 if o.sliding_window is None else max(0, p - o.sliding_window + 1)
-            m, total, acc = -math.inf, 0.0, torch.zeros(dim, dtype=torch.float64)
+            m, n, total, acc = -math.inf, -math.inf, 0.0, torch.zeros(dim, dtype=torch.float64)
             for start in range(0, p + 1, o.kv_tile):
                 tokens = [j for j in range(start, min(start + o.kv_tile, p + 1)) if j >= first]
                 if not tokens:
@@ -302,21 +302,23 @@ def slow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Attenti
                     scores[j] = ((q_stored if stored else queries[i]) @ key).item() * scale
                     if o.logits_soft_cap is not None:
                         scores[j] = o.logits_soft_cap * math.tanh(scores[j] / o.logits_soft_cap)
-                new_m = max(m, *scores.values())
-                weights = {j: math.exp(s - new_m) for j, s in scores.items()}
-                decay = math.exp(m - new_m)
-                m, total, acc = new_m, total * decay + sum(weights.values()), acc * decay
+                scores = {j: s * math.log2(math.e) for j, s in scores.items()}
+                new_m = max(m, math.ceil(max(scores.values())))
+                weights = {j: 2 ** (s - new_m) for j, s in scores.items()}
+                decay = 2 ** (m - new_m)
+                m, total, acc = new_m, total * decay, acc * decay
 
+                n = max([n] + [math.ceil(s) for j, s in scores.items() if is_stored(j, p, o, len(k) - len(q))])
                 row = torch.zeros(o.kv_tile, dtype=torch.float64)
                 for j in tokens:
                     if is_stored(j, p, o, len(k) - len(q)):
                         row[j - start] = weights[j]
                     else:
                         acc += weights[j] * values[j]
-                level = 1.0
-                if o.two_level_p and row.max() > 0:
-                    level = (row.float().max() * torch.tensor(1 / 2688)).item()
+                        total += weights[j]
+                level = max(2.0 ** (n - m) / 1024, 2.0**-126) if o.two_level_p else 1.0
                 row = torch.cat([one_block(part, o.p, level) for part in row.split(16)])
+                total += row.sum().item()
                 for j in tokens:
                     if is_stored(j, p, o, len(k) - len(q)):
                         acc += row[j - start] * stored_value(values, j, p, o)
@@ -383,6 +385,16 @@ def test_tiles_of_p_equal_the_slow_loop(two_level, tile):
     assert 1e-3 < error(got, sdpa(q, k, v)) < 0.2
     # Tokens that are stored for nobody leave the first queries alone.
     assert error(got[:31], sdpa(q, k, v)[:31]) < 1e-14
+
+
+def test_quantized_p_does_not_depend_on_tiles():
+    """Nor on what a larger maximum of a later tile does to it."""
+    q, k, v = random_qkv(300, 2, 1, 32, 40)
+    options = AttentionOptions(kv_tile=16)
+    expected = attention(q * 4, k, v, options)
+    for tile in (48, 128, 512):
+        got = attention(q * 4, k, v, dataclasses.replace(options, kv_tile=tile))
+        assert error(got, expected) < 1e-4  # of blocks that are tiny beside the row's largest
 
 
 # --- each switch does what it says ---------------------------------------------------------------
@@ -462,7 +474,7 @@ def test_switches_without_their_operand_change_nothing():
     assert torch.equal(attention(q, k, v, dataclasses.replace(no_p, incomplete=False)), base)
     assert error(attention(q, k, v, dataclasses.replace(no_p, kv_tile=16)), base) < 1e-13
     # And with it, they do.
-    for change in ({"two_level_p": False}, {"kv_tile": 16}, {"hadamard": False}, {"q": "absmax"}):
+    for change in ({"two_level_p": False}, {"hadamard": False}, {"q": "absmax"}):
         changed = attention(q, k, v, dataclasses.replace(EVERYTHING, **change))
         assert error(changed, attention(q, k, v, EVERYTHING)) > 1e-3, change
 

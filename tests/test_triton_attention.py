@@ -488,14 +488,14 @@ def test_nan_reaches_those_that_see_it(options: dict) -> None:
 
 
 @RUNS_KERNELS
-def test_decoding_is_shared_among_programs_and_quantized_p_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_is_shared_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     merges = []
     kernel = triton_paged_attention._merge_kernel
     monkeypatch.setattr(triton_paged_attention, "_merge_kernel", _Recorder(kernel, merges))
     check_attention(build([(200, 1), (500, 1)], AttentionOptions(**KV), heads=1))
     assert merges == [4]
-    check_attention(build([(200, 1)], AttentionOptions(), heads=1))
-    assert merges == [4]
+    check_attention(build([(500, 1)], AttentionOptions(), heads=1))
+    assert merges == [4, 4]
 
 
 class _Recorder:
@@ -634,7 +634,7 @@ def test_attention_compiles_without_a_gpu(operands, v_group, max_query_len, arch
     constants, launch = triton_paged_attention.attention_constants(
         PageLayout(64, 128, v_group), 16, options, 4, max_query_len, divmod(arch, 10)
     )
-    constants["SHARED"] = max_query_len == 1 and operands == "kv"
+    constants["SHARED"] = max_query_len == 1
     if not constants["SHARED"]:
         constants |= dict(partial_ptr=None, maximum_ptr=None, total_ptr=None)
     binary = compiled(triton_paged_attention._attention_kernel, constants, arch, **launch)

@@ -19,7 +19,7 @@ from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.kv_cache import RATIO, FullPrecisionLayer, SinkWindowSpec, layer_beside
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.model_reductions import ModelReductions
-from vllm_scalesearch.ops import cuda_paged_decode, paged_attention
+from vllm_scalesearch.ops import cuda_paged_decode, cuda_prompt_attention, paged_attention
 from vllm_scalesearch.ops.paged_attention import Step
 from vllm_scalesearch.options import ATTENTION_BACKEND, QUANT_METHOD
 from vllm_scalesearch.transforms import MagnitudeReduction, head_transform
@@ -48,6 +48,9 @@ HEAD_SIZES = (64, 96, 128, 256)
 BLOCK_SIZES = range(BLOCK, 129, BLOCK)
 # Its 16-bit block then has 16 tokens, one tile of V.
 PREFERRED_BLOCK_SIZE = 64
+# Kernels for prompts that take keys and values dense, and how many copies of them: K and V, or both in full
+# precision and as stored.
+_DENSE_COPIES = {"flash": 2, "tiles": 4}
 
 logger = init_logger("vllm.scalesearch.attention")
 
@@ -68,8 +71,8 @@ class Metadata:
 class Prompts:
     """What is not decoded of a step, on a GPU: the requests from `first` on, which have more than one query.
 
-    first_query: their first token. query_start_loc: theirs, from 0 on. groups: how FlashAttention takes them,
-    or None where they are read packed.
+    first_query: their first token. query_start_loc: theirs, from 0 on. groups: how kernels take them that need
+    dense keys and values, or None where all are so short that they are read packed.
     """
 
     first: int
@@ -94,7 +97,6 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         self.splits = current_platform.is_cuda() and not isinstance(kv_cache_spec, SinkWindowSpec)
         if current_platform.is_cuda():
             self._init_reorder_batch_threshold(1)
-        self.dense = user_options(vllm_config).prefill == "full_precision"
         self.budget = dense_tokens(vllm_config)
 
     def build(
@@ -118,7 +120,7 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
     def _prompts(self, common: CommonAttentionMetadata) -> Prompts:
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(common)
         groups = None
-        if self.dense and common.max_query_len >= attention_prefill.LEAST_QUERIES:
+        if common.max_query_len >= attention_prefill.LEAST_QUERIES:
             lengths = common.seq_lens_cpu_upper_bound
             lengths = common.seq_lens.cpu() if lengths is None else lengths
             groups = attention_prefill.plan(
@@ -272,6 +274,7 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
         self.dtype = torch.get_default_dtype()
         self.layer_name: str | None = None
         self.reductions: ModelReductions | None = None
+        self.prompts = ""  # which kernel takes them, once the layer is known
         self.set_reduction(None)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -293,6 +296,7 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
                 self.options.sink,
                 self.options.window,
             )
+        self.prompts = self._prompt_kernel()
         self.reductions = ModelReductions.of(self.vllm_config, self.options)
         self.reductions.attach(self.layer_name, self)
         self._say()
@@ -329,9 +333,10 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
         if attn_metadata is None:
             if self.reductions is not None and self.reductions.collecting:
                 return self.reductions.collect(self, query, key, value, output)
-            if current_platform.is_cuda() and self.options.prefill == "full_precision":
+            if self.prompts in _DENSE_COPIES:
                 # So that vLLM leaves room for what a prompt's context takes while it is dense.
-                shape = 2, dense_tokens(self.vllm_config), self.num_kv_heads, self.head_size
+                tokens = dense_tokens(self.vllm_config)
+                shape = _DENSE_COPIES[self.prompts], tokens, self.num_kv_heads, self.head_size
                 torch.empty(shape, dtype=self.dtype, device=query.device)
             return output.zero_()
         source = self.kv_sharing_target_layer_name or self.layer_name
@@ -359,7 +364,7 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
                 query[: prompts.first_query], packed, full, layout, step.part(slice(0, prompts.first), 1),
                 self.q_matrix, self.reference, output[: prompts.first_query],
             )  # fmt: skip
-        if prompts.groups is None or key is None:
+        if prompts.groups is None or key is None or self.prompts not in _DENSE_COPIES:
             rest = replace(
                 step.part(slice(prompts.first, len(step.seq_lens)), step.max_query_len),
                 query_start_loc=prompts.query_start_loc,
@@ -393,19 +398,37 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
             softcap=options.logits_soft_cap or 0.0, out=output, fa_version=version,
         )  # fmt: skip
 
+    @property
+    def _layout(self) -> PageLayout:
+        return PageLayout(self.vllm_config.cache_config.block_size, self.head_size, self.options.v_group)
+
+    def _prompt_kernel(self) -> str:
+        """Which kernel attends to prompts that are not short: ``flash``, ``tiles``, or that of short ones."""
+        if not current_platform.is_cuda():
+            return "torch"
+        if self.reference.own_chunk:
+            return "flash"
+        device = torch.device("cuda", torch.cuda.current_device())
+        if cuda_prompt_attention.unsupported(self._layout, self.reference, device) is None:
+            return "tiles"
+        return paged_attention.kernel_for(self._layout, self.reference, 2, device)
+
     def _kernels(self) -> str:
         """Which kernels run, and why."""
         if not current_platform.is_cuda():
             return "torch"
-        layout = PageLayout(self.vllm_config.cache_config.block_size, self.head_size, self.options.v_group)
         device = torch.device("cuda", torch.cuda.current_device())
-        if paged_attention.kernel_for(layout, self.reference, 1, device) == "fp4":
+        if paged_attention.kernel_for(self._layout, self.reference, 1, device) == "fp4":
             return "FP4 tensor cores by Triton, which was compiled but never run on such a GPU"
-        reason = cuda_paged_decode.unsupported(layout, self.reference, device)
+        reason = cuda_paged_decode.unsupported(self._layout, self.reference, device)
         decode = "CUDA kernel" if reason is None else f"Triton (not CUDA: {reason})"
-        prompts = "Triton (as stored)"
-        if self.options.prefill == "full_precision":
+        if self.prompts == "flash":
             prompts = f"FlashAttention {flash_attention(self.head_size)[1]} on gathered keys and values"
+        elif self.prompts == "tiles":
+            prompts = "CUDA kernel (as stored)"
+        else:
+            reason = cuda_prompt_attention.unsupported(self._layout, self.reference, device)
+            prompts = f"Triton (as stored; not CUDA: {reason})"
         return f"decode: {decode}, prompts: {prompts}"
 
     def _say(self) -> None:

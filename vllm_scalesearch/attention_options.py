@@ -25,7 +25,8 @@ class CacheOptions:
     """How the cache and the attention over it are quantized.
 
     operands: ``kv``, what lies in the cache and nothing else; or ``qkvp``, the paper's whole algorithm.
-    q, k, v, p: scale policy of each (`ScalePolicy`); those of q and p matter for ``qkvp`` only.
+    q, k, v, p: scale policy of each (`ScalePolicy`); those of q and p matter for ``qkvp`` only. P is quantized
+        by its maximum unless asked, because a search of P's scales costs speed and buys nothing (README.md).
     hadamard: multiply queries and keys by H.
     r: R of each KV head. ``auto``: from the model's file, H alone where there is none; ``random``: the same,
         but calibrated from random token ids where there is none; ``none``: no R; otherwise the path of a
@@ -33,7 +34,7 @@ class CacheOptions:
     v_group: ``head_dim`` or ``tokens``, the direction in which V's blocks lie. ``auto``: tokens on CUDA GPUs,
         whose decode kernel reads whole tiles of them, head_dim on the CPU.
     sink, recent: how many of the first and of the newest tokens are kept in 16 bits.
-    two_level_p: give each row of a tile of P its own tensor scale.
+    two_level_p: give each row of P its own tensor scale.
     prefill: ``stored``: what a query sees depends on positions alone. ``full_precision``: all tokens of one
         chunk of a prompt see each other, and what is recent for the first of them, before quantization.
         ``auto``: full_precision on CUDA GPUs with ``kv``, since FlashAttention can take it, otherwise stored.
@@ -48,7 +49,7 @@ class CacheOptions:
     q: str = "paper"
     k: str = "paper"
     v: str = "paper"
-    p: str = "paper"
+    p: str = "absmax"
     hadamard: bool = True
     r: str = "auto"
     v_group: str = "auto"

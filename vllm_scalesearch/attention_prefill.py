@@ -1,8 +1,9 @@
-"""Prefill of prompts on a GPU: FlashAttention over dense keys and values.
+"""Prefill of prompts on a GPU, over keys and values that are made dense first.
 
 With ``prefill="full_precision"`` all queries of a chunk see the same keys and values: the sink and everything
 from the first query's recent window on in 16 bits, the rest as stored. So they are gathered once, dense and in
-16 bits, and vLLM's FlashAttention does the rest.
+16 bits, and vLLM's FlashAttention does the rest. With ``prefill="stored"`` each query sees its own, and kernels
+of our own attend to them (ops/cuda_prompt_attention.py).
 """
 
 from collections.abc import Callable
@@ -85,15 +86,21 @@ def attend(
     output: torch.Tensor,
     flash_attention: Callable[..., None],
 ) -> None:
-    """Attention of a group's queries, into its rows of `output`.
+    """Attention of a group's queries, into its rows of `output`. Not ``options.own_chunk`` takes what
+    `cuda_prompt_attention.unsupported` names no reason against.
 
     q, output: (T, Hq, D), k, v: (T, Hkv, D), of the whole step, q and k before the transform. pages, full:
     what the cache holds, this step's tokens included. flash_attention: takes q, k, v, output, the group and the
     options.
     """
-    from vllm_scalesearch.ops import triton_kv_gather, triton_kv_write
+    from vllm_scalesearch.ops import cuda_prompt_attention, triton_kv_gather, triton_kv_write
 
     rows = group.queries
+    requests = step.part(group.requests, group.max_query_len)
+    if not options.own_chunk:
+        q, q_stored = triton_kv_write.transform_query(q[rows], q_matrix, options)
+        cuda_prompt_attention.attend(q, q_stored, pages, full, layout, requests, group, options, output[rows])
+        return
     if not group.context:
         # R and H leave scores as they are, so there is nothing to transform.
         flash_attention(q[rows], k[rows], v[rows], output[rows], group, options)
@@ -104,7 +111,6 @@ def attend(
         for _ in range(2)
     )
     triton_kv_gather.gather(
-        pages, full, layout, step.part(group.requests, group.max_query_len), options, keys, values,
-        group.k_start_loc, group.tokens,
+        pages, full, layout, requests, options, keys, values, group.k_start_loc, group.tokens,
     )  # fmt: skip
     flash_attention(q, keys, values, output[rows], group, options)

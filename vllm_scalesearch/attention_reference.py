@@ -28,13 +28,20 @@ in bf16; stored tokens meet the quantized ones. With ``i`` the query, in the giv
    stored ones take part in that block's search. ``q^ = NVFP4(q')`` along head_dim.
 3. For each tile of `kv_tile` tokens, at multiples of `kv_tile`, ascending: scores ``s_j`` are
    ``softmax_scale * q^ k^_j`` or ``softmax_scale * q' k'_j``, then ``cap * tanh(s / cap)``; invisible
-   tokens get minus infinity. ``m' = max(m, max s_j)``, ``p_j = exp(s_j - m')``.
-4. ``l = l * exp(m - m') + sum p_j``, of the unquantized p_j of all tokens, as SageAttention3 does (arXiv
-   2505.11594), on which the paper builds: a kernel has p at hand before it quantizes.
-5. ``p^ = NVFP4(p)`` of the tile's stored tokens, in 16s along tokens, the others as zeros. Two levels: the
-   tensor scale of a row is ``max p_j / 2688``, so the row's largest becomes 6 * 448, and it is undone
-   after the product. One level: it is 1, and block scales use only E4M3's values up to 1/6.
-6. ``o = o * exp(m - m') + sum_stored p^_j v^_j + sum_full p_j v_j``; at the end ``o / l``.
+   tokens get minus infinity. ``m' = max(m, ceil(log2(e) max s_j))``, ``p_j = 2^(log2(e) s_j - m')``, and
+   ``n' = max(n, ceil(log2(e) max s_j))`` of stored tokens alone.
+4. ``p^ = NVFP4(p)`` of the tile's stored tokens, in 16s along tokens, the others as zeros. Two levels: the
+   tensor scale of a row is ``2^(n' - m') / 1024``, whatever the sink's scores are, and it is undone after the
+   product. One level: it is 1, and block scales use only E4M3's values up to 1/6.
+5. ``l = l * 2^(m - m') + sum_stored p^_j + sum_full p_j``, so that what values are weighed by sums up to 1.
+   SageAttention3 (arXiv 2505.11594), on which the paper builds, sums the unquantized p_j.
+6. ``o = o * 2^(m - m') + sum_stored p^_j v^_j + sum_full p_j v_j``; at the end ``o / l``.
+
+**P's two levels.** SageAttention3's tensor scale makes a row's largest p of the tile 6 * 448. Here it is a
+power of two and follows the largest stored p so far, which makes that at most 1024. So a later, larger
+maximum multiplies P by a power of two and leaves its codes as they are: they do not depend on where tiles
+begin, nor on a chunk's other tokens, unless a block scale leaves E4M3's range, below 2**-13 of the row's
+largest. And there is room above: scales that are searched may be larger than that of the maximum.
 
 **Tensor scales** of q, k and v are constants, 1 unless given, because a token in a cache is never looked
 at again when a larger one arrives. E4M3 block scales alone then span what matters: with a scale of 1,
@@ -52,12 +59,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_scalesearch.formats import NVFP4, finite_amax, tensor_scale_of
+from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.search import ScalePolicy, quantize
 from vllm_scalesearch.transforms import MagnitudeReduction, head_transform
 
 BLOCK = NVFP4.block_size
 V_GROUPS = ("tokens", "head_dim")
+LOG2_E = math.log2(math.e)
+# At two levels, what the largest stored P of a row is at most, in units of its tensor scale.
+P_LEVELS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +84,7 @@ class AttentionOptions:
     incomplete: with V along tokens, keep the incomplete block in full precision. False is for ablation
         and takes ``recent=0``: every block is stored, and a query sees its own block as quantized from
         the block's tokens up to the query, the rest being zeros.
-    two_level_p: give each row of a tile of P its own tensor scale.
+    two_level_p: give each row of P a tensor scale of its own.
     q_scale, k_scale, v_scale: tensor scales, a number or (Hkv,) fp32, at least 2**-126.
     softmax_scale: what scores are multiplied by; None is ``head_dim ** -0.5``.
     sliding_window: a query sees the newest `sliding_window` tokens only, itself included (vLLM's and
@@ -130,16 +140,21 @@ class AttentionOptions:
         if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be above 0, got {self.logits_soft_cap}")
 
+    @property
+    def p_levels(self) -> float:
+        """What sums of products with P are in units of, inversely, before tensor scales of rows."""
+        return P_LEVELS if self.p is not None and self.two_level_p else 1.0
+
     def exp2_scales(self, head_size: int) -> tuple[float, float]:
         """What kernels with exponents of two multiply scores by, and the soft cap in their units, or 0.
 
         With a cap a score becomes ``cap * (1 - 2 / (exp2(x) + 1))``, which is ``cap * tanh(x / 2 / log2(e))``.
         """
         scale = head_size**-0.5 if self.softmax_scale is None else self.softmax_scale
-        scale *= math.log2(math.e)
+        scale *= LOG2_E
         if self.logits_soft_cap is None:
             return scale, 0.0
-        return scale * 2 / self.logits_soft_cap, self.logits_soft_cap * math.log2(math.e)
+        return scale * 2 / self.logits_soft_cap, self.logits_soft_cap * LOG2_E
 
     def boundary(self, positions: torch.Tensor) -> torch.Tensor:
         """First token that is in full precision for being new, for queries at `positions` (int64), which
@@ -215,6 +230,7 @@ def attend(operands: Operands, options: AttentionOptions) -> torch.Tensor:
     layout = _Sequence(operands, options)
     q = operands.q
     maximum = q.new_full((*q.shape[:-1], 1), -torch.inf)
+    stored_maximum = maximum.clone()
     total = torch.zeros_like(maximum)
     output = torch.zeros_like(q)
     tokens, context = operands.k.shape[1], operands.k.shape[1] - q.shape[2]
@@ -226,12 +242,17 @@ def attend(operands: Operands, options: AttentionOptions) -> torch.Tensor:
         if rows.start >= rows.stop:
             continue
         scores, stored = layout.scores(rows, start, stop)
-        new_maximum = torch.maximum(maximum[:, :, rows], scores.amax(-1, keepdim=True))
-        p = torch.exp(scores - new_maximum)
-        decay = torch.exp(maximum[:, :, rows] - new_maximum)
+        scores *= LOG2_E
+        new_maximum = torch.maximum(maximum[:, :, rows], scores.amax(-1, keepdim=True).ceil())
+        p = torch.exp2(scores - new_maximum)
+        decay = torch.exp2(maximum[:, :, rows] - new_maximum)
         maximum[:, :, rows] = new_maximum
-        total[:, :, rows] = total[:, :, rows] * decay + p.sum(-1, keepdim=True)
-        output[:, :, rows] = output[:, :, rows] * decay + layout.values(p, stored, rows, start, stop)
+        largest = scores.masked_fill(~stored, -torch.inf).amax(-1, keepdim=True).ceil()
+        stored_maximum[:, :, rows] = torch.maximum(stored_maximum[:, :, rows], largest)
+        levels = torch.exp2(stored_maximum[:, :, rows] - new_maximum)
+        values, weight = layout.values(p, stored, levels, rows, start, stop)
+        total[:, :, rows] = total[:, :, rows] * decay + weight
+        output[:, :, rows] = output[:, :, rows] * decay + values
     return output / total
 
 
@@ -304,21 +325,28 @@ class _Sequence:
             scores = options.logits_soft_cap * torch.tanh(scores / options.logits_soft_cap)
         return scores.masked_fill_(~visible, -torch.inf), stored
 
-    def values(self, p: torch.Tensor, stored: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
-        """P times V of one tile: p (Hkv, group, rows, tile) to (Hkv, group, rows, D)."""
+    def values(
+        self, p: torch.Tensor, stored: torch.Tensor, levels: torch.Tensor, rows: slice, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """P times V of one tile, and the sum of P: p (Hkv, group, rows, tile) to (..., D) and (..., 1).
+
+        levels: (..., 1), what no stored p is above, or 0 where no token was stored so far.
+        """
         options, operands = self.options, self.operands
-        result = (p * ~stored) @ operands.v[:, start:stop].unsqueeze(1)
+        full = p * ~stored
+        result, total = full @ operands.v[:, start:stop].unsqueeze(1), full.sum(-1, keepdim=True)
         # Nothing else of P is quantized; a tile of sink and new tokens only has no such row.
         some = stored.any(-1).nonzero().flatten()
         if not len(some):
-            return result
-        p = quantized_p((p * stored)[:, :, some], options)
+            return result, total
+        p = quantized_p((p * stored)[:, :, some], levels[:, :, some], options)
+        total[:, :, some] += p.sum(-1, keepdim=True)
         positions = self.positions[rows][some]
         if options.v is not None and options.v_group == "tokens" and not options.incomplete:
             p, own = self._own_block(p, positions, start)
             result[:, :, some] += own
         result[:, :, some] += p @ operands.v_stored[:, start:stop].unsqueeze(1)
-        return result
+        return result, total
 
     def _own_block(
         self, p: torch.Tensor, positions: torch.Tensor, start: int
@@ -340,14 +368,17 @@ class _Sequence:
         return rest, torch.einsum("hgrt,hrdt->hgrd", own, blocks)
 
 
-def quantized_p(p: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+def quantized_p(p: torch.Tensor, levels: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     """A tile of P as the product with stored V sees it: p (..., rows, tile) >= 0, in its own dtype.
 
+    levels: (..., rows, 1), powers of two that no p of a row exceeds, or 0 for rows of zeros.
     A tile whose width is not whole blocks, at the end of the sequence, is completed with zeros.
     """
     if options.p is None:
         return p
     width = p.shape[-1]
     padded = F.pad(p, (0, -width % BLOCK))
-    scale = tensor_scale_of(finite_amax(padded.float(), dim=-1)) if options.two_level_p else 1.0
+    scale = 1.0
+    if options.two_level_p:
+        scale = (levels.float() / P_LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
     return fake_quantized(padded, options.p, scale)[..., :width]

@@ -30,6 +30,8 @@ from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.fp4_product import FP4_CAPABILITIES, _decode
 from vllm_scalesearch.ops.triton_kv_write import (
     _as_blocks,
+    _as_rows,
+    _block_values,
     _request_of_block,
     _rule_constants,
     check_cache,
@@ -37,10 +39,12 @@ from vllm_scalesearch.ops.triton_kv_write import (
     page_constants,
 )
 from vllm_scalesearch.ops.triton_paged_attention import (
+    _P_LEVELS,
     _boundary,
     _capability,
     _dot,
     _full_rows,
+    _levels,
     _rounded,
     _scaled,
     _softmax_step,
@@ -48,11 +52,9 @@ from vllm_scalesearch.ops.triton_paged_attention import (
 from vllm_scalesearch.ops.triton_quantize import (
     _SIGN,
     _bits,
-    _finite_magnitude_bits,
     _narrow,
     _packed_words,
     _scale_pair,
-    _tensor_scale_of_bits,
     _widen,
     _winners,
 )
@@ -94,7 +96,8 @@ def _packed(
     x, BOUNDED: tl.constexpr, RULE: tl.constexpr, OFFSETS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     HW_E2M1: tl.constexpr,
 ):  # fmt: skip
-    """fp32 (ROWS, WIDE) as NVFP4 under a tensor scale of 1: codes and scales, as `_product` has them."""
+    """fp32 (ROWS, WIDE) as NVFP4 under a tensor scale of 1: codes and scales, as `_product` has them, and the
+    sums of rows."""
     BLOCKS: tl.constexpr = ROWS * WIDE // 16
     blocks = _as_blocks(x, BLOCKS)
     y, _, best, finite = _winners(blocks, 1.0, BOUNDED, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
@@ -105,6 +108,7 @@ def _packed(
     return (
         tl.reshape(codes.to(tl.uint8), (ROWS, WIDE // 2)),
         tl.reshape(scales.to(tl.uint8), (ROWS, WIDE // 16)),
+        tl.sum(_as_rows(_block_values(y, best, finite, HW_E2M1), ROWS, WIDE), 1),
     )
 
 
@@ -202,17 +206,22 @@ def _stored_values(
 
 @triton.jit
 def _plus_stored(
-    output, p, v, v_scales, zero, ROWS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
-    TWO_LEVELS: tl.constexpr, P_RULE: tl.constexpr, P_OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr,
-    FP4_UNITS: tl.constexpr,
+    output, total, p, v, v_scales, maximum, stored_maximum, zero, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    TILE: tl.constexpr, TWO_LEVELS: tl.constexpr, P_RULE: tl.constexpr, P_OFFSETS: tl.constexpr,
+    HW_E2M1: tl.constexpr, FP4_UNITS: tl.constexpr,
 ):  # fmt: skip
-    """`output` plus P (ROWS, TILE), quantized, times stored values."""
-    scale = tl.full((ROWS,), 1.0, tl.float32)
+    """`output` plus P (ROWS, TILE), quantized, times stored values, and the total plus P.
+
+    At two levels, products are in units of _P_LEVELS.
+    """
     if TWO_LEVELS:
-        scale = _tensor_scale_of_bits(tl.max(_finite_magnitude_bits(p), 1))
-        p = p * tl.div_rn(1.0, scale)[:, None]
-    codes, scales = _packed(p, False, P_RULE, P_OFFSETS, ROWS, TILE, HW_E2M1)
-    return output + _product(codes, scales, v, v_scales, zero, ROWS, WIDE, TILE, FP4_UNITS) * scale[:, None]
+        up, down = _levels(maximum, stored_maximum)
+        codes, scales, sums = _packed(p * up[:, None], False, P_RULE, P_OFFSETS, ROWS, TILE, HW_E2M1)
+        product = _product(codes, scales, v, v_scales, zero, ROWS, WIDE, TILE, FP4_UNITS)
+        return output + product * down[:, None], total + sums * down * (1.0 / _P_LEVELS)
+    else:
+        codes, scales, sums = _packed(p, False, P_RULE, P_OFFSETS, ROWS, TILE, HW_E2M1)
+        return output + _product(codes, scales, v, v_scales, zero, ROWS, WIDE, TILE, FP4_UNITS), total + sums
 
 
 # --- the kernel ----------------------------------------------------------------------------------
@@ -243,8 +252,8 @@ def _fp4_attention_kernel(
     """Program (i, head): QUERIES queries of a request and KV head, over all of its keys.
 
     ROWS >= QUERIES * GROUP. WIDE: D rounded up to a power of two. WINDOW: 0 for none. unit: what the output
-    is summed up in units of, V's tensor scale. OPAQUE_ZERO: sums start from a zero that the compiler cannot
-    tell to be one (`_NEEDS_OPAQUE_ZERO`).
+    is summed up in units of, V's tensor scale over _P_LEVELS at two levels. OPAQUE_ZERO: sums start from a zero
+    that the compiler cannot tell to be one (`_NEEDS_OPAQUE_ZERO`).
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     request = _request_of_block(query_start_loc_ptr, tl.program_id(0), requests, QUERIES)
@@ -282,7 +291,7 @@ def _fp4_attention_kernel(
     token_row = (start + query).to(tl.int64)
     query_head = head * GROUP + row % GROUP
     q_rows = token_row * q_stride + query_head * q_head_stride
-    q, q_scales = _packed(
+    q, q_scales, _ = _packed(
         _widen(_queries(q_ptr, q_rows, valid, D, WIDE)), True, Q_RULE, Q_OFFSETS, ROWS, WIDE, HW_E2M1
     )
     table_ptr = block_table_ptr + request.to(tl.int64) * table_stride
@@ -291,6 +300,7 @@ def _fp4_attention_kernel(
     pages_ptr += head * head_words * 4
 
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    stored_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     output = tl.zeros((ROWS, WIDE), tl.float32)
     inside = tl.arange(0, TILE)
@@ -320,7 +330,7 @@ def _fp4_attention_kernel(
                 scores = _dot(_queries(q_ptr, q_rows, valid, D, WIDE), tl.trans(k))
                 scores = _scaled(scores, score_scale, cap, SOFT_CAP)
                 scores = tl.where(stored | (visible == 0), float("-inf"), scores)
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output)
+                p, maximum, total, output = _softmax_step(scores, maximum, total, output, True)
                 v = _full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
                 output += _dot(_rounded(p, DTYPE), v) * (1.0 / unit)
             if stored_bottom < stored_top:
@@ -331,14 +341,15 @@ def _fp4_attention_kernel(
                 scores = _product(q, q_scales, k, k_scales, zero, ROWS, TILE, WIDE, FP4_UNITS)
                 scores = _scaled(scores, score_scale, cap, SOFT_CAP)
                 scores = tl.where(stored & visible, scores, float("-inf"))
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output)
+                stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
+                p, maximum, total, output = _softmax_step(scores, maximum, total, output, False)
                 v, v_scales = _stored_values(
                     pages_ptr, table_ptr, tile * TILE, stored_bottom, stored_top, page_words, V_CODES, V_SCALES,
                     D, WIDE, PAGE, TILE, True,
                 )  # fmt: skip
-                output = _plus_stored(
-                    output, p, v, v_scales, zero, ROWS, WIDE, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1,
-                    FP4_UNITS,
+                output, total = _plus_stored(
+                    output, total, p, v, v_scales, maximum, stored_maximum, zero, ROWS, WIDE, TILE,
+                    TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1, FP4_UNITS,
                 )  # fmt: skip
         for tile in range(middle, end):
             k, k_scales = _stored_keys(
@@ -347,14 +358,15 @@ def _fp4_attention_kernel(
             )  # fmt: skip
             scores = _product(q, q_scales, k, k_scales, zero, ROWS, TILE, WIDE, FP4_UNITS)
             scores = _scaled(scores, score_scale, cap, SOFT_CAP)
-            p, maximum, total, output = _softmax_step(scores, maximum, total, output)
+            stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
+            p, maximum, total, output = _softmax_step(scores, maximum, total, output, False)
             v, v_scales = _stored_values(
                 pages_ptr, table_ptr, tile * TILE, 0, 0, page_words, V_CODES, V_SCALES, D, WIDE, PAGE, TILE,
                 False,
             )  # fmt: skip
-            output = _plus_stored(
-                output, p, v, v_scales, zero, ROWS, WIDE, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1,
-                FP4_UNITS,
+            output, total = _plus_stored(
+                output, total, p, v, v_scales, maximum, stored_maximum, zero, ROWS, WIDE, TILE, TWO_LEVELS,
+                P_RULE, P_OFFSETS, HW_E2M1, FP4_UNITS,
             )  # fmt: skip
 
     output *= (unit / total)[:, None]
@@ -410,7 +422,7 @@ def attention(
     _fp4_attention_kernel[(tokens // constants["QUERIES"] + requests, heads)](
         q, pages, full, output, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
         requests, step.block_table.stride(0), step.full_block_table.stride(0), score_scale, cap,
-        float(options.v_scale), q.stride(0), q.stride(1), output.stride(0), output.stride(1),
+        float(options.v_scale) / options.p_levels, q.stride(0), q.stride(1), output.stride(0), output.stride(1),
         pages.stride(0) // 4, pages.stride(1) // 4, full.stride(0), full.stride(1),
         **constants, **launch,
     )  # fmt: skip

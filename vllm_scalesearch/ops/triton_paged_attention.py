@@ -12,7 +12,7 @@ fp16. V's tensor scale and that power of two are applied to the sum at the end. 
 16-bit operand is the only rounding that the definition does not have, and a quantized P loses nothing.
 
 Where there are few programs, several share the keys of a row block, and a second kernel merges what they
-found. A quantized P depends on the running maximum from the first tile on, so then nothing is shared.
+found. The maximum is a whole power of two, so that P's codes do not depend on who has which keys.
 
 Grids follow from shapes alone and nothing waits for the device, so all of it can be captured in a CUDA graph.
 """
@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
+from vllm_scalesearch.attention_reference import BLOCK, P_LEVELS, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import triton_quantize
 from vllm_scalesearch.ops.triton_kv_write import (
@@ -39,11 +39,9 @@ from vllm_scalesearch.ops.triton_kv_write import (
 )
 from vllm_scalesearch.ops.triton_quantize import (
     _decode_e4m3,
-    _finite_magnitude_bits,
     _from_bits,
     _narrow,
     _narrow_exact,
-    _tensor_scale_of_bits,
     _widen,
     _winners,
 )
@@ -55,6 +53,7 @@ if TYPE_CHECKING:
 _EMULATED = tl.constexpr(triton_quantize._INTERPRETED)
 # A stored value is its operand times this; so far below it, no product on the way leaves fp32.
 _STORED_UNIT = tl.constexpr(256.0)
+_P_LEVELS = tl.constexpr(float(P_LEVELS))
 
 # Row blocks' programs of a multiprocessor that are enough not to share keys, and the fewest tiles that are
 # worth a program of their own.
@@ -247,43 +246,65 @@ def _scaled(scores, scale, cap, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(scores, maximum, total, output):
-    """P of a tile's scores, and the row's maximum, total and output brought up to it."""
-    new = tl.maximum(maximum, tl.max(scores, 1))
+def _softmax_step(scores, maximum, total, output, SUMS: tl.constexpr):
+    """P of a tile's scores, and the row's maximum, a whole number, total and output brought up to it.
+
+    SUMS: add P to the total.
+    """
+    new = tl.maximum(maximum, tl.ceil(tl.max(scores, 1)))
     # A row that has seen nothing yet has no maximum.
     base = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(scores - base[:, None])
     decay = tl.exp2(maximum - base)
-    return p, new, total * decay + tl.sum(p, 1), output * decay[:, None]
+    total *= decay
+    if SUMS:
+        total += tl.sum(p, 1)
+    return p, new, total, output * decay[:, None]
 
 
 @triton.jit
 def _quantized_p(
-    p, ROWS: tl.constexpr, TILE: tl.constexpr, TWO_LEVELS: tl.constexpr, RULE: tl.constexpr,
-    OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr,
-):  # fmt: skip
-    """A tile of P as NVFP4: values (ROWS, TILE) fp32, exact in 16 bits, and what rows of them are times."""
-    scale = tl.full((ROWS,), 1.0, tl.float32)
-    if TWO_LEVELS:
-        scale = _tensor_scale_of_bits(tl.max(_finite_magnitude_bits(p), 1))
-        p = p * tl.div_rn(1.0, scale)[:, None]
+    p, ROWS: tl.constexpr, TILE: tl.constexpr, RULE: tl.constexpr, OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr
+):
+    """A tile of P as NVFP4: values (ROWS, TILE) fp32, exact in 16 bits, in units of _P_LEVELS at two levels."""
     BLOCKS: tl.constexpr = ROWS * TILE // 16
     blocks = _as_blocks(p, BLOCKS)
     y, _, best, finite = _winners(blocks, 1.0, False, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
-    return _as_rows(_block_values(y, best, finite, HW_E2M1), ROWS, TILE), scale
+    return _as_rows(_block_values(y, best, finite, HW_E2M1), ROWS, TILE)
+
+
+@triton.jit
+def _levels(maximum, stored_maximum):
+    """What rows of P are multiplied by before they are quantized at two levels, and what undoes it."""
+    # A row that has seen nothing stored has no P here. What is 2**100 below the rest may lose bits.
+    apart = tl.where(stored_maximum == float("-inf"), 0.0, tl.minimum(maximum - stored_maximum, 100.0))
+    return tl.exp2(apart) * _P_LEVELS, tl.exp2(-apart)
 
 
 @triton.jit
 def _plus_stored(
-    output, p, v, ROWS: tl.constexpr, TILE: tl.constexpr, TWO_LEVELS: tl.constexpr, P_RULE: tl.constexpr,
-    P_OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr, DTYPE: tl.constexpr,
+    output, total, p, v, maximum, stored_maximum, ROWS: tl.constexpr, TILE: tl.constexpr,
+    TWO_LEVELS: tl.constexpr, P_RULE: tl.constexpr, P_OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`output` plus P times stored values v (TILE, WIDE)."""
+    """`output` plus P times stored values v (TILE, WIDE), and the total.
+
+    A P that is quantized here is added to the total; another one was before. At two levels, products are in
+    units of _P_LEVELS. stored_maximum: of the rows' scores of stored tokens, a whole number.
+    """
     if P_RULE is None:
-        return output + _dot(_rounded(p, DTYPE), v)
+        return output + _dot(_rounded(p, DTYPE), v), total
     else:
-        quantized, scale = _quantized_p(p, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1)
-        return output + _dot(_narrow_exact(quantized, DTYPE), v) * scale[:, None]
+        if TWO_LEVELS:
+            up, down = _levels(maximum, stored_maximum)
+            quantized = _quantized_p(p * up[:, None], ROWS, TILE, P_RULE, P_OFFSETS, HW_E2M1)
+            quantized *= down[:, None]
+            total += tl.sum(quantized, 1) * (1.0 / _P_LEVELS)
+            # Exact but for values in fp16 that are 2**20 below the largest.
+            return output + _dot(_rounded(quantized, DTYPE), v), total
+        else:
+            quantized = _quantized_p(p, ROWS, TILE, P_RULE, P_OFFSETS, HW_E2M1)
+            return output + _dot(_narrow_exact(quantized, DTYPE), v), total + tl.sum(quantized, 1)
 
 
 @triton.jit
@@ -386,6 +407,7 @@ def _attention_kernel(
     scales_ptr = pages_ptr.to(tl.pointer_type(tl.uint16)) + head * head_words * 2
 
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    stored_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     output = tl.zeros((ROWS, WIDE), tl.float32)
     stored_scale = score_scale * _STORED_UNIT
@@ -412,7 +434,7 @@ def _attention_kernel(
                 k = _full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
                 scores = _scaled(_dot(q, tl.trans(k)), score_scale, cap, SOFT_CAP)
                 scores = tl.where(stored | (visible == 0), float("-inf"), scores)
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output)
+                p, maximum, total, output = _softmax_step(scores, maximum, total, output, True)
                 v = _full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
                 output += _dot(_rounded(p, DTYPE), v) * (1.0 / unit)
             if stored_bottom < stored_top:
@@ -422,9 +444,11 @@ def _attention_kernel(
                 )  # fmt: skip
                 scores = _scaled(_dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
                 scores = tl.where(stored & visible, scores, float("-inf"))
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output)
-                output = _plus_stored(
-                    output, p, v, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1, DTYPE
+                stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
+                p, maximum, total, output = _softmax_step(scores, maximum, total, output, P_RULE is None)
+                output, total = _plus_stored(
+                    output, total, p, v, maximum, stored_maximum, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS,
+                    HW_E2M1, DTYPE,
                 )  # fmt: skip
         for tile in range(middle, end):
             k, v = _stored_tile(
@@ -432,9 +456,11 @@ def _attention_kernel(
                 V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, False, DTYPE,
             )  # fmt: skip
             scores = _scaled(_dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
-            p, maximum, total, output = _softmax_step(scores, maximum, total, output)
-            output = _plus_stored(
-                output, p, v, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS, HW_E2M1, DTYPE
+            stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
+            p, maximum, total, output = _softmax_step(scores, maximum, total, output, P_RULE is None)
+            output, total = _plus_stored(
+                output, total, p, v, maximum, stored_maximum, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS,
+                HW_E2M1, DTYPE,
             )  # fmt: skip
 
     if SHARED:
@@ -516,9 +542,7 @@ def attention(
     )
     blocks = tokens // constants["QUERIES"] + requests
     table_tiles = triton.cdiv(step.block_table.shape[1] * layout.block_size, constants["TILE"])
-    segments = 1
-    if options.p is None:
-        segments = _segments(blocks * heads, constants["ROWS"], table_tiles, _multiprocessors(q.device))
+    segments = _segments(blocks * heads, constants["ROWS"], table_tiles, _multiprocessors(q.device))
     constants["SHARED"] = segments > 1
     partial = maximum = total = None
     if segments > 1:
@@ -527,7 +551,7 @@ def attention(
             torch.empty(s, dtype=torch.float32, device=q.device) for s in (shape, shape, (*shape, dim))
         )
     score_scale, cap = options.exp2_scales(dim)
-    unit = float(options.v_scale) * _STORED_UNIT.value
+    unit = float(options.v_scale) * _STORED_UNIT.value / options.p_levels
     _attention_kernel[(blocks, heads, segments)](
         q, q_stored, pages, full, output, partial, maximum, total,
         step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
