@@ -1,11 +1,14 @@
 """Engines in processes of their own: they start side by side and are measured one after the other.
 
-Starting takes minutes of CPU time each; what is measured runs alone, once all are up. A benchmark's script is
-run again for each engine, with ``--measure MODEL ARGUMENTS RESULT``.
+Starting takes minutes of CPU time each; what is measured runs alone, once all that were started are up. A
+benchmark's script is run again for each engine, with ``--measure MODEL ARGUMENTS RESULT``.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,32 +37,78 @@ def run_measure(given: list[str], measure: Callable[[str, dict, Callable[[], Non
 
 
 def side_by_side(
-    script: str, work: Path, engines: dict[str, tuple[Path, dict]], found: Callable[[str, Any, list[str]], None]
-) -> None:
-    """Start all engines, measure one after the other. found: takes a name, what it measured, and its log."""
-    results = {name: work / f"{index}.json" for index, name in enumerate(engines)}
-    runs = {}
+    script: str,
+    work: Path,
+    engines: dict[str, tuple[Path, dict]],
+    found: Callable[[str, Any, list[str]], None],
+    at_once: int | None = None,
+) -> list[str]:
+    """Start `at_once` engines (default: all), measure one after the other, then start the next.
+
+    found: takes a name, what it measured, and its log. An engine that fails does not keep the others from
+    being measured: the end of its log is printed. Returns the names of those that failed.
+    """
+    # Engines are in sessions of their own: who ends this process does not reach them, so it must end them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    names, failed = list(engines), []
+    step = at_once or len(names)
+    for start in range(0, len(names), step):
+        group = names[start : start + step]
+        failed += _measure_group(script, work, {name: engines[name] for name in group}, found, start)
+    return failed
+
+
+def _measure_group(
+    script: str,
+    work: Path,
+    engines: dict[str, tuple[Path, dict]],
+    found: Callable[[str, Any, list[str]], None],
+    start: int,
+) -> list[str]:
+    results = {name: work / f"{start + index}.json" for index, name in enumerate(engines)}
+    runs: dict[str, subprocess.Popen] = {}
+    failed = []
     try:
         for name, (model, engine) in engines.items():
             command = [sys.executable, script, "--measure", str(model), json.dumps(engine), str(results[name])]
             with results[name].with_suffix(".log").open("w") as log:
-                runs[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        for name, run in runs.items():
-            _wait_for(results[name].with_suffix(".ready"), run, name, results[name])
-        for name, run in runs.items():
-            results[name].with_suffix(".go").touch()
-            _wait_for(results[name], run, name, results[name])
-            run.wait()
-            log = results[name].with_suffix(".log").read_text().splitlines()
-            found(name, json.loads(results[name].read_text()), log)
+                runs[name] = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        up = [name for name in engines if _comes(results[name].with_suffix(".ready"), runs[name])]
+        for name in engines:
+            if name in up:
+                results[name].with_suffix(".go").touch()
+            log = results[name].with_suffix(".log")
+            if name in up and _comes(results[name], runs[name]):
+                found(name, json.loads(results[name].read_text()), log.read_text().splitlines())
+                _wait(runs[name])
+            else:
+                failed.append(name)
+                print(f"{name} failed:\n{log.read_text()[-6000:]}", flush=True)
+            _kill(runs[name])
     finally:
         for run in runs.values():
-            run.kill()
+            _kill(run)
+    return failed
 
 
-def _wait_for(file: Path, run: subprocess.Popen, name: str, result: Path) -> None:
-    """Wait until `file` exists. Raises SystemExit with the end of the log if the process ended before."""
+def _comes(file: Path, run: subprocess.Popen) -> bool:
+    """Wait for a file that a process makes; False if it ends without."""
     while not file.exists():
-        if run.poll() is not None and not file.exists():
-            raise SystemExit(f"{name}:\n{result.with_suffix('.log').read_text()[-6000:]}")
+        if run.poll() is not None:
+            return file.exists()
         time.sleep(0.1)
+    return True
+
+
+def _wait(run: subprocess.Popen) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed then
+        run.wait(60)
+
+
+def _kill(run: subprocess.Popen) -> None:
+    """End a process with all that it started: what an engine leaves behind keeps its GPU memory."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.wait()

@@ -1,6 +1,6 @@
 """Plots of `results/*.json`, beside them as PNG.
 
-python benchmarks/plot.py [gemm quantize serve attention]
+python benchmarks/plot.py [gemm quantize serve attention serve_attention]
 """
 
 import json
@@ -80,7 +80,44 @@ def attention() -> plt.Figure:
     return figure
 
 
-PLOTS = {"gemm": gemm, "quantize": quantize, "serve": serve, "attention": attention}
+def serve_attention() -> plt.Figure:
+    results, machine = _load("serve_attention")
+    runs = results["runs"]
+    parts = [part for part in ("cases", "fixed") if any(run[part] for run in runs.values())]
+    figure, axes = plt.subplots(1, len(parts), figsize=(7.5 * len(parts), 4.5), squeeze=False)
+    titles = {
+        "cases": "requests x prompt tokens",
+        "fixed": f"prompt tokens, {results['fixed_gib']} GiB of cache",
+    }
+    for axis, part in zip(axes[0], parts, strict=True):
+        # Cases differ by orders of magnitude, so each is shown over its bf16 cache.
+        columns = list(runs["bf16"][part])
+        for i, (name, run) in enumerate(runs.items()):
+            found = [(at, run[part][case]) for at, case in enumerate(columns) if case in run[part]]
+            rates = [
+                rates["output_tokens_per_s"] / runs["bf16"][part][columns[at]]["output_tokens_per_s"]
+                for at, rates in found
+            ]
+            places = [at + 0.8 * (i + 0.5) / len(runs) - 0.4 for at, _ in found]
+            ours = {"SCALESEARCH": "black", "SCALESEARCH and weights": "dimgray"}
+            color = ours.get(name, f"C{i}")
+            bars = axis.bar(places, rates, 0.75 / len(runs), label=name, color=color)
+            if part == "fixed":
+                axis.bar_label(bars, [rates["batch"] for _, rates in found], fontsize=7)
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set(xlabel=titles[part], ylabel="output tokens/s over the bf16 cache's")
+    if "fixed" in parts:
+        axes[0][-1].set_title("as many requests as fit (above the bars)", fontsize=10)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(f"{results['layers']} layers of Llama-3.1-8B's shape in vLLM, by KV cache ({machine})")
+    return figure
+
+
+PLOTS = {
+    "gemm": gemm, "quantize": quantize, "serve": serve, "attention": attention,
+    "serve_attention": serve_attention,
+}  # fmt: skip
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or [name for name in PLOTS if (RESULTS / f"{name}.json").exists()]:

@@ -92,9 +92,11 @@ def main() -> None:
             llama_like.make(models[kind], arguments.layers, kind == "nvfp4")
         torch.cuda.empty_cache()
         chosen = {name: (models[VARIANTS[name][0]], VARIANTS[name][1]) for name in arguments.only.split(",")}
-        engines.side_by_side(__file__, Path(work), chosen, keep)
+        failed = engines.side_by_side(__file__, Path(work), chosen, keep)
     rows = [[name, *[f"{line[str(batch)]:.0f}" for batch in BATCHES]] for name, line in found.items()]
     table(["linear layers", *[f"batch {batch}" for batch in BATCHES]], rows)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,115 +1,283 @@
 """Prompt and output tokens a second of a Llama-3.1-8B-shaped model in vLLM, by its KV cache.
 
     python benchmarks/serve_attention.py [--layers 8] [--only NAME,...] [--cases 32x8192 ...]
+    python benchmarks/serve_attention.py --cases --fixed-gib 20 --lengths 8192 32768
+    python benchmarks/serve_attention.py --combine FILE ...
 
 Dummy weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). A case is
 requests x prompt tokens; all are sent at once. The prompt's rate is that until each has its first token; the
 output's rate is from there until the first one is done.
+
+With --fixed-gib all engines have the same memory for their KV cache, and besides the cases each serves as many
+requests of the given lengths at once as fit, by vLLM's own count of blocks (`Capacity`).
 """
 
 import argparse
+import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import engines
 import llama_like
 import torch
-from report import table, write
+from report import RESULTS, table, write
 
-CASES = ("32x2048", "32x8192", "16x32768")
+CASES = ("1x8192", "32x2048", "32x8192", "16x32768")
 OURS = {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4"}
 VARIANTS = {
     "bf16": {},
     "fp8": {"kv_cache_dtype": "fp8"},
     "SCALESEARCH": OURS,
     "SCALESEARCH and weights": OURS | {"quantization": "scalesearch"},
+    "FlashInfer nvfp4": {"attention_backend": "FLASHINFER", "kv_cache_dtype": "nvfp4"},
     "int4_per_token_head": {"kv_cache_dtype": "int4_per_token_head"},
 }
-# Of a layer and token, K and V of 8 heads of 128.
+# Of a layer and token, K and V of 8 heads of 128; what is packed to 4 bits takes less than 1400.
 CACHE_BYTES = {"bf16": 4096, "fp8": 2048}
 OUTPUT = 192
+BATCHED = 8192  # max_num_batched_tokens
+# Steps that are measured when a batch takes long to start, and the largest batch.
+MEASURED, MOST_REQUESTS = 96, 320
+# What an engine takes of a GPU besides its cache, and what there is.
+ENGINE_GIB, GPU_GIB = 9, 76
 
 
-def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, dict[str, float]]:
-    from vllm import LLM, SamplingParams
+class Overfull(Exception):
+    """The cache did not hold all requests of a case at once."""
 
-    cases = arguments.pop("cases")
-    batches = sorted({1, 2, *(int(case.split("x")[0]) for case in cases)})
-    llm = LLM(
-        model,
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        max_model_len=33792,
-        max_num_batched_tokens=8192,
-        max_num_seqs=batches[-1],
-        gpu_memory_utilization=0.05,  # what is checked, not what is taken
-        enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": batches},
-        **arguments,
-    )
-    capacity = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many requests a KV cache holds.
+
+    blocks: of the pool that all groups share. groups: tokens of a block, window (None: all tokens are kept) and
+    blocks that are kept at the start of each.
+    """
+
+    blocks: int
+    groups: list[tuple[int, int | None, int]]
+
+    def request(self, tokens: int, in_flight: int = 0) -> int:
+        """Blocks that a request of so many tokens holds at most while `in_flight` of them are computed."""
+        total = 0
+        for block, window, sink in self.groups:
+            whole = -(-tokens // block)
+            kept = whole if window is None else sink + -(-(window - 1 + in_flight) // block) + 1
+            total += min(whole, kept)
+        return total
+
+    def batch(self, length: int) -> tuple[int, int, int]:
+        """The most prompts of `length` tokens that can be decoded together, `length`, and tokens to generate.
+
+        vLLM admits the last one when its whole prompt fits, with what it may hold of a window while two
+        steps are in flight. The first must not be done before the last has started.
+        """
+        admission = self.request(length, 2 * BATCHED) - self.request(length)
+        found = None
+        for batch in range(1, MOST_REQUESTS + 1):
+            # Each request that decodes takes a token of a step's budget.
+            output = -(-batch * length // (BATCHED - batch)) + MEASURED
+            # One block is never used, and steps are prepared a token ahead.
+            if batch * self.request(length + output + 2) + admission + 1 > self.blocks:
+                break
+            found = batch, length, output
+        if found is None:
+            raise SystemExit(f"a prompt of {length} tokens does not fit in {self.blocks} blocks")
+        return found
+
+
+def capacity(worker: Any) -> tuple[int, list[tuple[int, int | None, int]]]:
+    """What `Capacity` is made of, from an engine's worker (`LLM.collective_rpc`)."""
+    config = worker.model_runner.kv_cache_config
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    groups = [
+        (spec.block_size, getattr(spec, "sliding_window", None), getattr(spec, "sink_blocks", 0))
+        for spec in specs
+    ]
+    return config.num_blocks, groups
+
+
+def run_case(engine: Any, name: str, batch: int, length: int, output: int) -> dict[str, float]:
+    """Rates of `batch` prompts of `length` random tokens; see above.
+
+    Raises Overfull where one was done before all had started, and where not all were decoded in every step
+    from there on.
+    """
+    from vllm import SamplingParams
+
+    generator = torch.Generator().manual_seed(batch)
+    params = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True, detokenize=False)
+    ids = [f"{name}-{i}" for i in range(batch)]
+    for request in ids:
+        tokens = torch.randint(10, 1000, (length,), generator=generator).tolist()
+        engine.add_request(request, {"prompt_token_ids": tokens}, params)
+    counts, start, first, steps, done = {}, time.perf_counter(), None, 0, False
+    while not done:
+        outputs = engine.step()
+        counts |= {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
+        done = any(output.finished for output in outputs)
+        if first is not None:
+            steps += bool(outputs)
+        elif len(counts) == batch:
+            first = time.perf_counter(), sum(counts.values())
+    end, tokens = time.perf_counter(), sum(counts.values())
+    engine.abort_request(ids)
+    while engine.has_unfinished_requests():
+        engine.step()
+    if not steps:
+        raise Overfull(f"{name}: a request was done when only {len(counts)} had started")
+    tokens -= first[1]
+    if tokens < 0.99 * steps * batch:
+        raise Overfull(f"{name}: {tokens / steps:.1f} tokens a step, so requests were preempted")
+    return {
+        "batch": batch,
+        "prompt_tokens_per_s": batch * length / (first[0] - start),
+        "output_tokens_per_s": tokens / (end - first[0]),
+    }
+
+
+def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, Any]:
+    """Runs of each case, and of each length with as many requests as fit."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the worker
+    from vllm import LLM
+
+    cases, lengths = arguments.pop("cases"), arguments.pop("lengths")
+    sizes = {case: tuple(map(int, case.split("x"))) for case in cases}
+    batches = {1, 2, *(batch for batch, _ in sizes.values())}
+    if lengths:  # how many requests fit is not known yet
+        batches |= set(range(16, MOST_REQUESTS + 1, 16))
+    arguments = {
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "max_model_len": 33792,
+        "max_num_batched_tokens": BATCHED,
+        "max_num_seqs": max(batches),
+        "gpu_memory_utilization": 0.05,  # what is checked, not what is taken
+        "enable_prefix_caching": False,
+        "compilation_config": {"cudagraph_capture_sizes": sorted(batches)},
+    } | arguments
+    llm = LLM(model, **arguments)
+    found = Capacity(*llm.collective_rpc(capacity)[0])
     ready()
-    generator = torch.Generator().manual_seed(0)
-    engine, found = llm.llm_engine, {}
-    for case in ["2x256", *cases]:
-        batch, length = map(int, case.split("x"))
-        params = SamplingParams(max_tokens=OUTPUT, temperature=0, ignore_eos=True, detokenize=False)
-        for i in range(batch):
-            tokens = torch.randint(10, 1000, (length,), generator=generator).tolist()
-            engine.add_request(f"{case}-{i}", {"prompt_token_ids": tokens}, params)
-        counts, start, first, last = {}, time.perf_counter(), None, None
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                counts[output.request_id] = len(output.outputs[0].token_ids)
-                if output.finished and first is not None and last is None:
-                    last = time.perf_counter(), sum(counts.values())
-            if first is None and len(counts) == batch:
-                first = time.perf_counter(), sum(counts.values())
-        found[case] = {
-            "prompt_tokens_per_s": batch * length / (first[0] - start),
-            "output_tokens_per_s": (last[1] - first[1]) / (last[0] - first[0]),
-        }
-    del found["2x256"]
-    return found | {"blocks": capacity}
+    engine = llm.llm_engine
+    run_case(engine, "warm-up", 2, 256, OUTPUT)
+    plan = [("cases", case, *size, OUTPUT) for case, size in sizes.items()]
+    plan += [("fixed", length, *found.batch(length)) for length in lengths]
+    runs: dict[str, dict[Any, Any]] = {"cases": {}, "fixed": {}, "failed": {}}
+    for part, case, batch, length, output in plan:
+        try:
+            runs[part][case] = run_case(engine, f"{batch}x{length}", batch, length, output)
+        except Overfull as error:
+            runs["failed"][case] = str(error)
+        print(case, runs[part].get(case, runs["failed"].get(case)), flush=True)
+    return {"blocks": found.blocks} | runs
+
+
+def show(results: dict[str, Any]) -> None:
+    """Tables of prompt / output tokens a second."""
+    for part, title in (
+        ("cases", "cache"),
+        ("fixed", f"cache of {results['fixed_gib']} GiB, by prompt length"),
+    ):
+        columns = list(dict.fromkeys(case for run in results["runs"].values() for case in run[part]))
+        rows = []
+        for name, run in results["runs"].items():
+            cells = [run[part].get(case) for case in columns]
+            rows.append([name, *(_cell(cell, part == "fixed") for cell in cells)])
+        if columns:
+            table([title, *columns], rows)
+
+
+def _cell(rates: dict[str, float] | None, with_batch: bool) -> str:
+    if rates is None:
+        return ""
+    text = f"{rates['prompt_tokens_per_s']:.0f} / {rates['output_tokens_per_s']:.0f}"
+    return f"{rates['batch']} x {text}" if with_batch else text
+
+
+def combine(names: list[str], name: str) -> None:
+    """Write the runs of several files, of equal settings and GPUs, as one. Raises SystemExit otherwise."""
+    files = [json.loads((RESULTS / f"{each}.json").read_text()) for each in names]
+    whole, runs = files[0], {}
+    gib = {file["results"]["fixed_gib"] for file in files} - {None}
+    if len(gib) > 1:
+        raise SystemExit(f"{names}: caches of {sorted(gib)} GiB, so their runs do not compare")
+    for file in files:
+        for key, of in (("layers", "results"), ("gpu", "environment")):
+            if file[of].get(key) != whole[of].get(key):
+                raise SystemExit(f"{names}: {key} differs, so their runs do not compare")
+        for variant, run in file["results"]["runs"].items():
+            before = runs.get(variant, {"cases": {}, "fixed": {}})
+            runs[variant] = run | {part: before[part] | run[part] for part in ("cases", "fixed")}
+    whole["results"] |= {
+        "fixed_gib": next(iter(gib), None),
+        "runs": {variant: runs[variant] for variant in VARIANTS if variant in runs},
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    show(whole["results"])
+
+
+def _fit(gib: list[float], at_once: int) -> bool:
+    """Whether engines that take so much memory can be started so many at a time, in this order."""
+    return all(sum(gib[start : start + at_once]) <= GPU_GIB for start in range(0, len(gib), at_once))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--only", default=",".join(VARIANTS))
-    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--only", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--cases", nargs="*", default=CASES, help="requests x prompt tokens; may be none")
+    parser.add_argument("--fixed-gib", type=float, help="of the KV cache, for --lengths as well")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[8192, 32768], help="of prompts, with --fixed-gib"
+    )
+    parser.add_argument("--at-once", type=int, help="engines that start side by side; default: what fits")
     parser.add_argument("--name", default="serve_attention", help="of the file under results/")
+    parser.add_argument("--combine", nargs="+", help="run nothing: put these files under results/ together")
     engines.add_measure_option(parser)
     args = parser.parse_args()
     if args.measure:
         engines.run_measure(args.measure, measure)
         return
+    if args.combine:
+        combine(args.combine, args.name)
+        return
+    unknown = [name for name in args.only.split(",") if name not in VARIANTS]
+    if unknown:
+        parser.error(f"--only {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
+    lengths = args.lengths if args.fixed_gib else []
     sizes = [map(int, case.split("x")) for case in args.cases]
-    most = max(batch * (length + OUTPUT + 64) for batch, length in sizes)
-    found = {}
+    most = max((batch * (length + OUTPUT + 64) for batch, length in sizes), default=0)
+    results = {"layers": args.layers, "fixed_gib": args.fixed_gib, "runs": {}}
 
     def keep(name: str, result: dict, log: list[str]) -> None:
-        found[name] = result
+        results["runs"][name] = result
         print(name, result, *[line for line in log if "scalesearch." in line][:4], sep="\n  ", flush=True)
-        write(args.name, {"layers": args.layers, "runs": found})
+        write(args.name, results)
 
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "model"
         llama_like.write_config(model, args.layers)
-        chosen = {}
+        chosen, taken = {}, []
         for name in args.only.split(","):
             size = int(most * args.layers * CACHE_BYTES.get(name, 1400) * 1.05) + (1 << 28)
-            chosen[name] = model, VARIANTS[name] | {"cases": args.cases, "kv_cache_memory_bytes": size}
-        engines.side_by_side(__file__, Path(work), chosen, keep)
-    rows = []
-    for name, result in found.items():
-        cells = [result[case] for case in args.cases]
-        rows.append(
-            [name, *(f"{c['prompt_tokens_per_s']:.0f} / {c['output_tokens_per_s']:.0f}" for c in cells)]
-        )
-    table(["cache", *args.cases], rows)
+            if args.fixed_gib:
+                size = int(args.fixed_gib * 2**30)
+            taken.append(size / 2**30 + ENGINE_GIB)
+            chosen[name] = model, VARIANTS[name] | {
+                "cases": args.cases, "lengths": lengths, "kv_cache_memory_bytes": size,
+            }  # fmt: skip
+        at_once = args.at_once or next(n for n in range(len(taken), 0, -1) if n == 1 or _fit(taken, n))
+        failed = engines.side_by_side(__file__, Path(work), chosen, keep, at_once)
+    show(results)
+    failed += [error for run in results["runs"].values() for error in run["failed"].values()]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

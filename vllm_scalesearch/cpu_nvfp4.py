@@ -1,20 +1,29 @@
-"""NVFP4 checkpoints on the CPU: the linear kernel that vLLM has for GPUs only.
+"""NVFP4 checkpoints on the CPU: what vLLM has for GPUs only.
 
 vLLM 0.32 loads compressed-tensors' and ModelOpt's NVFP4 checkpoints on the CPU up to the choice of a kernel,
 and stops there: its list of NVFP4 kernels has none for that platform. This one dequantizes the weights once,
 exactly, to 16 bits, as quantization `scalesearch` does (`cpu_storage`: dense). Inputs of W4A4 checkpoints are
 quantized as the GPU kernels quantize them: by the block's maximum, under the checkpoint's static tensor scale.
+
+Nor has it one for experts. Those of compressed-tensors' W4A16 checkpoints run as quantization `scalesearch`
+runs its own (`moe.CpuExperts`).
 """
 
 import torch
 from torch.nn import Parameter
 
 from vllm_scalesearch.formats import NVFP4, QuantizedTensor
+from vllm_scalesearch.moe import CpuMoEMethod
+from vllm_scalesearch.options import ExpertOptions, LayerOptions
 from vllm_scalesearch.search import ScalePolicy, quantize
 from vllm_scalesearch.vllm_api import (
+    CompressedTensorsMoEMethod,
+    FusedMoEConfig,
+    FusedMoEQuantConfig,
     NvFp4LinearKernel,
     NvFp4LinearLayerConfig,
     PlatformEnum,
+    compressed_tensors_moe_w4a4_nvfp4,
     current_platform,
     dispatch_cpu_unquantized_gemm,
     linear_kernels,
@@ -74,8 +83,52 @@ _LIB.impl("nvfp4_input_values", _input_values, "CPU")
 torch.library.register_fake("vllm_scalesearch::nvfp4_input_values", _fake, lib=_LIB)
 
 
+class CpuNvFp4MoEMethod(compressed_tensors_moe_w4a4_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod):
+    """Experts of a compressed-tensors W4A16 checkpoint, loaded as vLLM loads them and dequantized once.
+
+    Raises NotImplementedError for quantized inputs (W4A4).
+    """
+
+    def __init__(self, moe: FusedMoEConfig, layer_name: str | None = None, use_a16: bool = False) -> None:
+        if not use_a16:
+            raise NotImplementedError(
+                f"{layer_name}: experts with quantized inputs (W4A4) do not run on the CPU; use W4A16"
+            )
+        CompressedTensorsMoEMethod.__init__(self, moe)  # vLLM's class would choose a kernel, and find none
+        self.group_size, self.use_a16, self.use_global_sf = NVFP4.block_size, True, False
+        layer = LayerOptions()
+        self.options = ExpertOptions(layer, layer)
+        self.cpu = CpuMoEMethod(self.options, moe, layer_name or "", lambda: None, "dense")
+
+    @property
+    def supports_eplb(self) -> bool:
+        return False
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """layer: of w13 and w2, weight_packed (E, N, K // 2) uint8, weight_scale (E, N, K // 16) float8_e4m3fn
+        and weight_global_scale, which divides: (E,) fp32, or one each for gate and up, of which vLLM takes the
+        first."""
+        for name in ("w13", "w2"):
+            packed = getattr(layer, f"{name}_weight_packed").data
+            scales = getattr(layer, f"{name}_weight_scale").data
+            tensor_scale = 1.0 / getattr(layer, f"{name}_weight_global_scale").data.view(len(packed), -1)[:, 0]
+            weight = torch.empty(*packed.shape[:2], 2 * packed.shape[2], dtype=layer.params_dtype)
+            layer.register_parameter(f"{name}_weight", Parameter(weight, requires_grad=False))
+            stored = QuantizedTensor(packed, scales, tensor_scale, NVFP4)
+            for part in ("packed", "scale", "global_scale"):
+                delattr(layer, f"{name}_weight_{part}")
+            self.cpu.store(layer, name, weight, stored)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self.cpu.moe_quant_config = self.moe_quant_config
+        self.moe_kernel = self.cpu.make_kernel(layer)
+        self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
+        return self.cpu.get_fused_moe_quant_config(layer)
+
+
 def register() -> None:
-    """Give vLLM the kernel on the CPU; elsewhere, and when called again, nothing changes."""
+    """Give vLLM the kernels on the CPU; elsewhere, and when called again, nothing changes."""
     if not current_platform.is_cpu():
         return
     possible = linear_kernels._POSSIBLE_NVFP4_KERNELS.setdefault(PlatformEnum.CPU, [])
@@ -83,3 +136,4 @@ def register() -> None:
         possible.append(CpuNvFp4LinearKernel)
     # For W4A16 vLLM asks no list: without an NVIDIA GPU it takes this name, which the CPU never has.
     linear_kernels.MarlinNvFp4LinearKernel = CpuNvFp4LinearKernel
+    compressed_tensors_moe_w4a4_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod = CpuNvFp4MoEMethod

@@ -69,6 +69,10 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    CompressedTensorsMoEMethod,
+    compressed_tensors_moe_w4a4_nvfp4,
+)
 from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
 from vllm.model_executor.layers.quantization.utils.nvfp4_utils import (
     nvfp4_weight_padding_bytes,
@@ -126,6 +130,7 @@ __all__ = [
     "AttentionSpec",
     "AttentionType",
     "CommonAttentionMetadata",
+    "CompressedTensorsMoEMethod",
     "CutlassNvFp4LinearKernel",
     "FlashInferB12xNvFp4LinearKernel",
     "FlashInferCudnnNvFp4LinearKernel",
@@ -168,6 +173,7 @@ __all__ = [
     "amax_for_moe_weight_quant",
     "amax_for_tp_weight_quant",
     "apply_moe_activation",
+    "compressed_tensors_moe_w4a4_nvfp4",
     "convert_to_nvfp4_moe_kernel_format",
     "convert_weight_to_mxfp4_moe_kernel_format",
     "current_platform",
