@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from test_attention_vllm import generate, random_prompt, start
 
-from vllm_scalesearch import attention_prefill, kv_pages
+from vllm_scalesearch import attention_prefill, attention_warmup, kv_pages
 from vllm_scalesearch.attention_prefill import plan
+from vllm_scalesearch.attention_reference import AttentionOptions
+from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import cuda_prompt_attention, paged_attention, triton_kv_gather, triton_kv_write
 
 
@@ -85,6 +87,28 @@ class Gpu:
         return getattr(self._platform, name)
 
 
+def test_warm_up_runs_every_kind_of_step(monkeypatch) -> None:
+    """On the CPU, where the definition runs in the place of the kernels."""
+    seen = []
+
+    def tiled(q, q_stored, pages, full, layout, step, group, options, output):
+        seen.append(("tiles", len(q), int(step.seq_lens[0])))
+
+    attention = paged_attention.attention
+    monkeypatch.setattr(attention_warmup, "_QUERIES", (1, 4, 33, 60))
+    monkeypatch.setattr(cuda_prompt_attention, "attend", tiled)
+    monkeypatch.setattr(triton_kv_write, "transform_query", lambda q, m, options: (q, q))
+    monkeypatch.setattr(
+        paged_attention, "attention", lambda q, *rest: (seen.append(("packed", len(q))), attention(q, *rest))
+    )
+    options = AttentionOptions(k="absmax", v="absmax")
+    attention_warmup.warm_up(
+        PageLayout(64, 64, "tokens"), 4, 2, None, None, options, torch.bfloat16, True, attended,
+        torch.device("cpu"),
+    )  # fmt: skip
+    assert seen == [("packed", 1), ("packed", 4), ("tiles", 33, 545), ("tiles", 60, 572)]
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="replaces the kernels of a GPU")
 @pytest.mark.parametrize(
@@ -123,6 +147,7 @@ def test_steps_are_split_as_a_gpu_needs_it(engine, tiny, monkeypatch, architectu
     monkeypatch.setattr(impl, "_flash_attention", attended)
     monkeypatch.setattr(impl, "_kernels", lambda self: "torch in the place of kernels")
     monkeypatch.setattr(impl, "_prompt_kernel", lambda self: kernel)
+    monkeypatch.setattr(impl, "_warm_up", lambda self: None)
     monkeypatch.setattr(cuda_prompt_attention, "attend", lambda *given: tiles.append(tiled(*given)))
     monkeypatch.setattr(triton_kv_gather, "gather", gathered)
     monkeypatch.setattr(

@@ -186,7 +186,5 @@ def test_wrong_arguments_say_why() -> None:
 )
 def test_what_it_does_not_do_has_a_reason(changes: dict, reason: str) -> None:
     options = AttentionOptions(**(KV | changes))
-    found = cuda_paged_decode.unsupported(
-        PageLayout(64, 128, options.v_group), options, 4, torch.device("cuda")
-    )
+    found = cuda_paged_decode.unsupported(PageLayout(64, 128, options.v_group), options, torch.device("cuda"))
     assert re.search(reason, found)

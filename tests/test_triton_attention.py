@@ -401,7 +401,8 @@ def check_output(output: torch.Tensor, batch: Batch) -> None:
     if batch.options.p is None:
         assert relative.max() <= 1.5 * u, relative.max() / u
     else:
-        bounds = torch.tensor([1.5 * u, 0.02, 0.1])
+        # With one level, P's block scales are coarse, and so are the steps.
+        bounds = torch.tensor([1.5 * u, 0.02 if batch.options.two_level_p else 0.04, 0.1])
         quantiles = relative.flatten().quantile(torch.tensor([0.5, 0.98, 1.0]))
         assert (quantiles <= bounds).all(), quantiles
 

@@ -6,13 +6,14 @@ newest tokens (kv_cache.py). A forward pass transforms q and k, writes k and v t
 the cache holds.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from vllm_scalesearch import attention_prefill
+from vllm_scalesearch import attention_prefill, attention_warmup
 from vllm_scalesearch.attention_options import CacheOptions
 from vllm_scalesearch.attention_prefill import Group
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
@@ -53,6 +54,9 @@ PREFERRED_BLOCK_SIZE = 64
 _DENSE_COPIES = {"flash": 2, "tiles": 4}
 
 logger = init_logger("vllm.scalesearch.attention")
+
+# Kinds of layers whose kernels have run in this process.
+_warm: set[tuple] = set()
 
 
 @dataclass
@@ -300,6 +304,8 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
         self.reductions = ModelReductions.of(self.vllm_config, self.options)
         self.reductions.attach(self.layer_name, self)
         self._say()
+        if current_platform.is_cuda():
+            self._warm_up()
 
     def set_reduction(self, reduction: MagnitudeReduction | None) -> None:
         """Use R (None: none) from now on. The cache must be empty."""
@@ -430,6 +436,23 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
             reason = cuda_prompt_attention.unsupported(self._layout, self.reference, device)
             prompts = f"Triton (as stored; not CUDA: {reason})"
         return f"decode: {decode}, prompts: {prompts}"
+
+    def _warm_up(self) -> None:
+        """Compile what the layer needs, once for all layers like it."""
+        key = (
+            self._layout, self.num_heads, self.num_kv_heads, self.dtype, self.options, self.sliding_window,
+            self.logits_soft_cap, self.scale, self.prompts,
+        )  # fmt: skip
+        if key in _warm:
+            return
+        _warm.add(key)
+        start = time.perf_counter()
+        attention_warmup.warm_up(
+            self._layout, self.num_heads, self.num_kv_heads, self.q_matrix, self.k_matrix, self.reference,
+            self.dtype, self.prompts in _DENSE_COPIES, self._flash_attention,
+            torch.device("cuda", torch.cuda.current_device()),
+        )  # fmt: skip
+        logger.info("%s: kernels ready after %.1f s", NAME, time.perf_counter() - start)
 
     def _say(self) -> None:
         options, block = self.options, self.vllm_config.cache_config.block_size // RATIO
