@@ -166,6 +166,7 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
     ready()
     engine = llm.llm_engine
     run_case(engine, "warm-up", 2, 256, OUTPUT)
+    run_case(engine, "long warm-up", 2, BATCHED + 500, 8)
     plan = [("cases", case, *size, OUTPUT) for case, size in sizes.items()]
     plan += [("fixed", length, *found.batch(length)) for length in lengths]
     runs: dict[str, dict[Any, Any]] = {"cases": {}, "fixed": {}, "failed": {}}
