@@ -3,8 +3,8 @@
     python benchmarks/serve_parallel.py [--layers 16] [--only NAME,...]
 
 Dummy weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py), measured one
-after the other. Prompts of 1024 random tokens, all sent at once; the output's rate is that between the first token
-of the last request and the end of the first.
+after the other. Prompts of 1024 random tokens, all sent at once; the output's rate is that between the first
+token of the last request and the end of the first.
 """
 
 import argparse
