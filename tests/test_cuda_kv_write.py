@@ -1,29 +1,57 @@
 """kernels/kv_write.cu: the bits of the reference's pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from test_triton_attention import BF16, FP16, LONG, LONG_DECODE, REQUESTS, build, check_write, matrix_of
+from test_cuda_quantize import unkind
+from test_triton_attention import (
+    BF16,
+    FP16,
+    LONG,
+    LONG_DECODE,
+    REQUESTS,
+    build,
+    check_write,
+    like,
+    matrix_of,
+    on_device,
+)
+from test_triton_quantize import same_bits
 
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import cuda_kv_write
+from vllm_scalesearch.ops.paged_attention import Step
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_it_compiles_without_a_gpu(dim: int, arch: str) -> None:
-    dtype = FP16 if dim == 96 else BF16
-    rows = cuda_kv_write.rows_of(100_000, 8, dim, dtype, 132)
-    macros = cuda_kv_write.defines(PageLayout(64, dim, "tokens"), 16, AttentionOptions(), dtype, rows, True)
-    assert compile_kernel("kv_write.cu", "kv_write", macros, arch)[1:4] == b"ELF"
+    dtype, options = FP16 if dim == 96 else BF16, AttentionOptions(v="offsets:-3,2,9")
+    for tokens, matrix in ((100_000, True), (100, True), (100, False)):
+        rows = cuda_kv_write.plan(tokens, 8, dim, 132).rows
+        macros = cuda_kv_write.defines(PageLayout(64, dim, "tokens"), 16, options, dtype, rows, matrix)
+        assert compile_kernel("kv_write.cu", "kv_write", macros, arch)[1:4] == b"ELF"
+
+
+@pytest.mark.parametrize("dim", range(32, 257, 32))
+def test_plans_fit(dim: int) -> None:
+    """A block's warps share out the columns, and three blocks fit a multiprocessor of an H100."""
+    options = AttentionOptions(k="exact", v="window:-8,7")
+    for tokens in (1, 128, 100_000):
+        plan = cuda_kv_write.plan(tokens, 8, dim, 132)
+        assert plan.threads % 32 == 0 and 16 * plan.rows <= plan.threads <= 512
+        assert dim % plan.columns == 0 and plan.columns % (plan.threads // 32 * 8) == 0
+        assert cuda_kv_write.shared_bytes(plan, dim, options, True) <= 227 * 1024 // 3
 
 
 def test_parts_of_a_matrix_add_up_to_it() -> None:
     matrix = torch.randn(2, 64, 64)
     parts = cuda_kv_write.parts_of(matrix).double()
     assert parts.shape == (2, 2, 3, 8, 8, 4, 8)
-    whole = parts.sum(2).permute(0, 1, 4, 5, 2, 3).reshape(2, 64, 64)
+    whole = parts.sum(2).unflatten(-1, (4, 2)).permute(0, 1, 5, 4, 6, 2, 3).reshape(2, 64, 64)
     assert (whole - matrix).abs().max() <= matrix.abs().max() * 2**-24
 
 
@@ -59,8 +87,67 @@ def test_sizes(size: str, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("policies", POLICIES)
 def test_policies(policies: str) -> None:
     for requests in (LONG, LONG_DECODE):
-        batch = build(requests, AttentionOptions(**POLICIES[policies]), dim=128, heads=1, block_size=64)
+        batch = build(
+            requests, AttentionOptions(**POLICIES[policies]), dim=128, heads=1, block_size=64, padding=2
+        )
         check_write(batch, matrix_of(1, 128), batch.k, batch.v, cuda_kv_write.write)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    "policy", ["absmax", "fast", "paper", "exact", "window:-8,7", "offsets:3", "offsets:-20,0,9"]
+)
+def test_searches(policy: str, dtype: torch.dtype, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are hard to decide, zeros, NaN and denormals, from below the least scale to above all."""
+    monkeypatch.setattr(cuda_kv_write, "_multiprocessors", lambda device: 1 if many else 1 << 20)
+    tokens, heads, dim = 512, 2, 96
+    for v_scale in (1 / 16, 64.0):
+        options = AttentionOptions(k=policy, v=policy, v_scale=v_scale)
+        batch = build([(0, tokens)], options, dim=dim, heads=heads, block_size=32, dtype=dtype)
+        # Blocks of keys lie along channels, and those of values along tokens.
+        sizes = 2.0 ** (torch.arange(tokens) % 29 - 14)
+        k = (unkind(tokens, heads * dim, dtype) * sizes[:, None]).to(dtype).view(tokens, heads, dim)
+        v = unkind(heads * dim, tokens, dtype) * sizes[: heads * dim, None]
+        check_write(batch, None, k, v.to(dtype).t().reshape(tokens, heads, dim), cuda_kv_write.write)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_it_waits_for_the_kernels_in_front(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be launched while they run: keys, values and slots come from the kernel just before it."""
+    monkeypatch.setattr(cuda_kv_write, "_multiprocessors", lambda device: 1 if many else 1 << 20)
+    batch = build(LONG, AttentionOptions(), dim=128, heads=2, block_size=64)
+    step, matrix = on_device(batch.needed_step), matrix_of(2, 128).cuda()
+    source = torch.stack((batch.k, batch.v)).cuda()
+    found = torch.zeros_like(source)
+    slots = torch.stack((step.slots, step.full_slots))
+    early = replace(step, slots=torch.full_like(slots[0], -1), full_slots=torch.full_like(slots[0], -1))
+
+    def write(step: Step, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pages, full = like(batch.needed_pages), like(batch.needed_full)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            if step is early:
+                early.slots.copy_(slots[0])
+                early.full_slots.copy_(slots[1])
+                torch.mul(source, 1, out=found)
+            cuda_kv_write.write(pages, full, batch.layout, step, k, v, matrix, batch.options)
+        graph.replay()
+        torch.cuda.synchronize()
+        return pages, full
+
+    cuda_kv_write.write(  # compiles, and splits the matrix
+        like(batch.needed_pages), like(batch.needed_full), batch.layout, step, *source, matrix, batch.options
+    )
+    expected = write(step, *source)
+    for _ in range(10):
+        found.zero_()
+        early.slots.fill_(-1)
+        early.full_slots.fill_(-1)
+        assert all(map(same_bits, write(early, *found), expected))
 
 
 @pytest.mark.gpu
@@ -83,7 +170,11 @@ def test_unkind_values(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_what_it_does_not_do_has_a_reason() -> None:
     device = torch.device("cuda")
-    for options, said in ((dict(k="full"), "'full' of K"), (dict(v="4over6"), "'4over6' of V")):
+    for options, said in (
+        (dict(k="full"), "'full' of K"),
+        (dict(v="4over6"), "'4over6' of V"),
+        (dict(v_scale=0.3), "power of two"),
+    ):
         assert said in cuda_kv_write.unsupported(
             PageLayout(64, 128, "tokens"), AttentionOptions(**options), device
         )

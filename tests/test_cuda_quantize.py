@@ -117,10 +117,25 @@ def _ambiguity(x: torch.Tensor, tensor_scale: torch.Tensor, policy: str) -> tupl
 def test_the_packed_search_never_loses_the_winner(policy, dtype):
     for name, blocks in _distributions(2000, seed=3).items():
         x = blocks.to(dtype).float()
-        for tensor_scale in (tensor_scale_of(finite_amax(x)), torch.tensor(0.0123), torch.tensor(2.0**-9)):
+        scales = map(torch.tensor, (0.0123, 2.0**-9, 1 / 16, 1.0))
+        for tensor_scale in (tensor_scale_of(finite_amax(x)), *scales):
             share, wrong = _ambiguity(x, tensor_scale, policy)
             assert wrong == 0, (name, tensor_scale)
             assert name != "normal" or share < 0.3
+
+
+def test_tables_of_a_scale_that_is_a_power_of_two() -> None:
+    """What nvfp4_search.cuh has the compiler compute from integers, beside fp16's own rounding."""
+    for base in range(8, 127):
+        for code in range(max(base - 8, 8), min(base + 8, 126) + 1):
+            eighths, binade = 8 + code % 8, code // 8 - base // 8
+            r = (3 - binade) << 10
+            if eighths > 8:
+                r = ((2 - binade) << 10) + (32768 + eighths) // (2 * eighths) - 1024
+            s = 0x8000 | (27 + binade) << 10 | code % 8 << 7
+            relative = eighths / 8 * 2.0**binade
+            expected = np.array([2.0**-12 / relative, -(2.0**12) * relative], np.float64).astype(np.float16)
+            assert [r, s] == expected.view(np.uint16).tolist()
 
 
 # --- compiling and launching ---------------------------------------------------------------------
@@ -168,8 +183,8 @@ def test_what_the_kernel_cannot_do_is_refused():
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
-def _unkind(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows on the GPU of blocks of every kind, with special values, and rows that are tiny, huge and zero."""
+def unkind(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows on the CPU of blocks of every kind, with special values, and rows that are tiny, huge and zero."""
     kinds = list(_distributions(rows * width // 16, seed=5).values())
     normal = kinds[0]
     at, pick = torch.arange(16), torch.randint(0, 16, (len(normal), 1), generator=_generator(6))
@@ -190,7 +205,7 @@ def _unkind(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         x[1] *= 1e-30 if dtype == torch.bfloat16 else 1e-5
         x[2] *= 1e30 if dtype == torch.bfloat16 else 1e3
         x[3] = 0
-    return x.to(dtype).cuda()
+    return x.to(dtype)
 
 
 def _check_packed(x, policy, tensor_scale=None, per_row=False, swizzled=False):
@@ -210,7 +225,7 @@ def _check_packed(x, policy, tensor_scale=None, per_row=False, swizzled=False):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_packed_is_the_reference(policy, dtype):
     for shape in ((64, 512), (1, 16), (130, 80), (3, 4096), (5, 33 * 1024)):
-        x = _unkind(*shape, dtype)
+        x = unkind(*shape, dtype).cuda()
         row_scale = torch.rand(shape[0], 1, device="cuda", generator=_generator(0, "cuda")) + 1e-3
         scales = [torch.tensor(scale, device="cuda") for scale in (1e-3, 0.37, 2.0**-126, 3e38)]
         for tensor_scale in (None, *scales, row_scale):
@@ -225,7 +240,7 @@ def test_packed_is_the_reference(policy, dtype):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_values_are_the_reference(policy, dtype):
     for shape in ((64, 512), (1, 16), (130, 80), (3, 4096), (5, 33 * 1024)):
-        x = _unkind(*shape, dtype)
+        x = unkind(*shape, dtype).cuda()
         values, residual = cuda_quantize.quantize_values(x, policy)
         expected = quantize._reference(x, "nvfp4", policy)
         assert same_bits(values, expected[0]) and same_bits(residual, expected[1])
@@ -278,7 +293,7 @@ def test_which_kernel_takes_what():
 @pytest.mark.gpu
 def test_the_chosen_kernel_gives_the_references_bits():
     for rows in (32, 1100):  # Triton's, and this one
-        x = _unkind(rows, 4096, torch.bfloat16)
+        x = unkind(rows, 4096, torch.bfloat16).cuda()
         assert gpu_quantize.uses_cuda_kernel(x, NVFP4, "paper") == (rows > 1000)
         expected = reference(x, NVFP4, "paper")
         for scale in (None, expected.tensor_scale):

@@ -1,55 +1,28 @@
 // NVFP4 with searched block scales: the bits of search.py (metric mse, policies made of offsets).
 //
-// A thread takes a block of 16 values. It tries all candidates in packed fp16, where an element costs 2.5
-// instructions a candidate, and knows how far that may be from the reference's fp32 errors. If one candidate
-// alone can be the winner, it is; otherwise the block goes to a queue in shared memory, and full warps compute
-// the exact errors of the candidates that are left. The winner's codes too come out of packed fp16, except where
-// an element lies too near a midpoint; those blocks go the same way.
-//
-// Units of the search. c0 is the absmax code and 2^E its power of two, 2^r <= 1 / tensor_scale < 2^(r + 1) and
-// m = 2^-r / tensor_scale in [1, 2). An element is a = |x| 2^(r - E - 2), which fp16 holds exactly (but for
-// values some 2^-20 of the largest), and |y| = a * 4 m 2^E. A candidate's scale s gives R = fp16(2^-12 m 2^E / s)
-// and S = fp16(2^12 s / (m 2^E)); both depend on c0 % 8 only, except where candidates end at code 126. Then
-// * fp16(a R) is t = |y| / s times 2^-14, so that E2M1, its subnormal included, is fp16's own sign, exponent and
-//   first mantissa bit: adding half a step and clearing nine bits rounds (ties up);
-// * d = fma(q 2^-14, -S, a) and acc = fma(d, d, acc) give the error in units of (4 m 2^E)^2.
-//
-// How far off is it? With u = 2^-11, fp16's unit roundoff:
-// 1. t is off by t u through R and by half a unit in the last place of its binade through the product, so it falls
-//    to the wrong side of a midpoint only within delta of it, which costs an element at most 4 h delta over a true
-//    (h - delta)^2, where h is half the step: 2.2 % (at 1.75 and 3.5; less at .25, .75, 1.25, 2.5 and 5).
-//    It never makes an error smaller. alpha = 0.022.
-// 2. S is off by u, so the vector of s q by at most u (|a| + |d|) (norms over the block): the square root of
-//    the error moves by that at most.
-// 3. d is rounded (u each, twice in the square), eight sums in a half of the accumulator and one of the halves:
-//    11 u of the error.
-// With m the least of the approximate errors, the reference's winner has an approximate error of at most
-//    T = (A sqrt(m) + B |a|)^2 + C,
-//    A = sqrt(1 + alpha) * sqrt((1 + 11 u) / (1 - 11 u)) * (1 + 2 u) < 1.0175,
-//    B = u (sqrt(1 + alpha) + 1) sqrt(1 + 11 u) < 2.02 u; |a|^2 is summed in fp16 too (9 u), hence 2.03 u,
-//    C = 2^-15 for what is subnormal (2^-25 each in d, a and the sums) and the reference's own roundings.
+// A thread takes a block of 16 values. It tries all candidates in packed fp16, and knows how far that may be from
+// the reference's fp32 errors (nvfp4_search.cuh). If one candidate alone can be the winner, it is; otherwise the
+// block goes to a queue in shared memory, and full warps compute the exact errors of the candidates that are left.
+// The winner's codes too come out of packed fp16, except where an element lies too near a midpoint; those blocks
+// go the same way.
 //
 // Macros: HALF (0: bf16, 1: fp16), COUNT and OFFSETS (a list, ascending), LOWEST and HIGHEST of them, SCALE (0:
 // one tensor scale, 1: one a row, 2: computed here from each row), PACKED (0: no codes, 1: codes and scales, 2:
 // scales in 128x4 tiles), VALUES (1: dequantized values and residual), THREADS.
 
 #define BOUNDED (SCALE != 2)  // tensor scales that come from x leave nothing above it
-#include "nvfp4_block.cuh"
+#include "nvfp4_search.cuh"
 
 #if __CUDA_ARCH__ >= 1000
 constexpr bool HARDWARE_E2M1 = true;  // compiled for sm_100a, sm_120a and their like
 #else
 constexpr bool HARDWARE_E2M1 = false;
 #endif
-constexpr int NEVER = 1 << 20;
-// The packed search takes scales from half to twice that of absmax; R and S are normal there.
-constexpr bool APPROXIMATE = COUNT > 1 && LOWEST >= -8 && HIGHEST <= 8;
-constexpr int TOP = HIGHEST > 0 && APPROXIMATE ? HIGHEST : 0;  // absmax codes with a candidate above 126
-constexpr int TABLE_ROWS = APPROXIMATE ? 8 + TOP : 0;
-constexpr int QUADS = (COUNT + 1) / 2 | 1;  // of a row; odd, so that eight rows lie in different banks
-constexpr int PAIRS = (COUNT + 1) / 2;
-constexpr u32 ALL = (1u << COUNT) - 1;
-constexpr float A = 1.0175f, B = 2.03f / 2048, C = 1.0f / 32768;
+
+using Policy = Candidates<OFFSETS>;
+constexpr bool APPROXIMATE = Policy::approximate;
+constexpr int TABLE_ROWS = Policy::table_rows, QUADS = Policy::quads;
+constexpr u32 ALL = Policy::all;
 
 __device__ constexpr int offset_list[COUNT] = {OFFSETS};
 
@@ -59,52 +32,6 @@ struct Shared {
     int offsets[COUNT];
     float inverses[127];  // 1 / scale of each code, correctly rounded
 };
-
-// --- instructions ----------------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
-    u32 out;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
-    u32 out;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-__device__ __forceinline__ u32 fma_half2(u32 a, u32 b, u32 c) {
-    u32 out;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    return out;
-}
-
-__device__ __forceinline__ u32 mul_bf162(u32 a, u32 b) {
-    u32 out;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(SIGNS));  // a * b - 0
-    return out;
-}
-
-// Of halves that are not negative; a NaN loses.
-__device__ __forceinline__ u32 min_half2(u32 a, u32 b) {
-    u32 out;
-    asm("min.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-__device__ __forceinline__ float square_root(float x) {
-    float out;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-    return out;
-}
-
-// 1 / x, within two units in the last place.
-__device__ __forceinline__ float inverse_of(float x) {
-    float out;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
-    return out;
-}
 
 #if __CUDA_ARCH__ >= 1000
 // Two fp32 values to a byte of E2M1 codes, low nibble first.
@@ -137,89 +64,16 @@ __device__ __forceinline__ int exact_search(const Block& block, float reciprocal
     return best;
 }
 
-// What the packed search knows of the tensor scale.
-struct Unit {
-    float m;
-    int exponent;  // r - 2, or NEVER
-};
-
-__device__ __forceinline__ Unit unit_of(float reciprocal) {
-    const u32 bits = __float_as_uint(reciprocal);
-    const bool normal = bits >= 0x00800000u && bits < 0x7F800000u;
-    return {__uint_as_float((bits & 0x007FFFFFu) | 0x3F800000u), normal ? (int)(bits >> 23) - 129 : NEVER};
-}
-
-// R and -S of candidate i in a row, each twice: rows 0 to 7 are base % 8, the others base from 127 - TOP to 126.
-// A candidate beyond 126 that repeats another is NaN, which never wins.
+// R and -S of candidate i in a row, as `approximate_search` looks them up.
 __device__ __forceinline__ uint2 table_entry(int row, int i, float m, const Shared& shared) {
     const uint2 never = make_uint2(0x7FFF7FFFu, 0x7FFF7FFFu);
     if (i >= COUNT) return never;
-    const int base = row < 8 ? 64 + row : 127 - TOP + row - 8;
+    const int base = base_of<Policy>(row);
     const int code = min(base + shared.offsets[i], MAX_CODE);
     if (row >= 8 && i > 0 && base + shared.offsets[i - 1] >= MAX_CODE) return never;
     const float relative = scale_of(code) * __uint_as_float((u32)(134 - (base >> 3)) << 23);  // times 2^-E
     const float r = m * inverse_of(relative) * (1.0f / 4096), s = relative * inverse_of(m) * -4096.0f;
     return make_uint2(to_half2(r, r), to_half2(s, s));
-}
-
-// The candidates that can be the winner: bit i for candidate i. a: the elements, if they are not all.
-__device__ __forceinline__ u32 approximate_search(
-    const Block& block, const Unit& unit, const uint4* table, u32 (&a)[8])
-{
-    const int shift = unit.exponent - (block.base >> 3) + 7;  // a = |x| 2^shift
-    // fp16: the factor is a power of two from 2^-24 to 2^15. bf16: products 2^112 times smaller are bf16 whose
-    // exponent and mantissa, three bits to the left, are fp16's.
-    const int low = HALF ? shift + 24 : shift - 112 + 133, normal = HALF ? 10 : 7;
-    if (block.base < 8 - min(LOWEST, 0) || block.v > 464.0f || low < 0 || low > (HALF ? 39 : 260)) return ALL;
-    const u32 factor = (low < normal ? 1u << low : (u32)(low - normal + 1) << normal) * 0x10001u;
-    u32 norm = 0;
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const u32 magnitudes = block.x[i] & ~SIGNS;
-        a[i] = HALF ? mul_half2(magnitudes, factor) : mul_bf162(magnitudes, factor) << 3;
-        norm = fma_half2(a[i], a[i], norm);
-    }
-    const int row = TOP && block.base > MAX_CODE - TOP ? block.base - (127 - TOP) + 8 : block.base & 7;
-    table += row * QUADS;
-
-    u32 errors[2 * PAIRS];
-    #pragma unroll
-    for (int quad = 0; quad < (COUNT + 1) / 2; ++quad) {
-        const uint4 entries = table[quad];
-        #pragma unroll
-        for (int i = 2 * quad; i < 2 * quad + 2 && i < COUNT; ++i) {
-            const u32 r = i % 2 ? entries.z : entries.x, s = i % 2 ? entries.w : entries.y;
-            u32 sum = 0;
-            #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                u32 q = (mul_half2(a[j], r) + 0x01000100u) & 0xFE00FE00u;
-                // At 7 and above it would be 8; absmax itself and larger scales do not reach 6.4.
-                if (offset_list[i] < 0) q = min_half2(q, 0x0E000E00u);
-                const u32 d = fma_half2(q, s, a[j]);
-                sum = fma_half2(d, d, sum);
-            }
-            errors[i] = sum;
-        }
-    }
-    if (COUNT % 2) errors[2 * PAIRS - 1] = 0x7FFF7FFFu;
-
-    // Candidates i and i + PAIRS in a register.
-    u32 pairs[PAIRS], least;
-    #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-        pairs[i] = add_half2(__byte_perm(errors[i], errors[i + PAIRS], 0x5410),
-                             __byte_perm(errors[i], errors[i + PAIRS], 0x7632));
-        least = i ? min_half2(least, pairs[i]) : pairs[i];
-    }
-    const float m = half_to_float(min_half2(least, least >> 16) & 0xFFFFu);
-    const float n = half_to_float(add_half2(norm, norm >> 16) & 0xFFFFu);
-    const float limit = A * A * m + 2 * A * B * square_root(m * n) + B * B * n + C;
-    // A little more, so that rounding it down does no harm; bit 15 then takes no part in the differences.
-    const u32 limits = to_half2(limit * 1.001f, limit * 1.001f) | SIGNS;
-    u32 flags = 0;
-    #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) flags = flags >> 1 | ((limits - pairs[i]) & SIGNS);
-    return (flags >> (16 - PAIRS) & ((1u << PAIRS) - 1)) | flags >> (32 - PAIRS) << PAIRS;
 }
 
 struct Outputs {
@@ -414,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_nvfp4(
             u32 mask = 1, a[8];  // for zeros, and where nobody asks
             bool known = false;
             if (block.amax - 1 < INFINITE - 1) {
-                mask = APPROXIMATE ? approximate_search(block, unit, table, a) : ALL;
+                mask = APPROXIMATE ? approximate_search<Policy>(block, unit, table, a) : ALL;
                 if (APPROXIMATE && (mask & (mask - 1)) == 0) {
                     const int code = clamped(block.base + shared.offsets[__ffs(mask) - 1]);
                     known = VALUES || write_packed(block, a, code, unit, shared, out, before + at, row, column);

@@ -5,6 +5,8 @@ be captured in a CUDA graph after a first call, which compiles and splits the ma
 """
 
 import functools
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,7 @@ from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES
+from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES, table_bytes
 from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_cache, check_tokens
 from vllm_scalesearch.search import ScalePolicy
 
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from vllm_scalesearch.ops.paged_attention import Step
 
 _PARTS = 3
-# Bytes before a block's keys in shared memory.
-_INVERSES = 512
 
 
 def unsupported(layout: PageLayout, options: AttentionOptions, device: torch.device) -> str | None:
@@ -40,25 +40,58 @@ def unsupported(layout: PageLayout, options: AttentionOptions, device: torch.dev
             return (
                 f"policy {getattr(options, name)!r} of {name.upper()} is not at most {MAX_CANDIDATES} offsets"
             )
+    if math.frexp(float(options.v_scale))[0] != 0.5:
+        return f"v_scale {options.v_scale} is not a power of two"
     return None
 
 
-def rows_of(tokens: int, heads: int, head_size: int, dtype: torch.dtype, processors: int) -> int:
-    """Of how many times 16 tokens a block takes keys: several where that leaves blocks enough."""
-    most = 4 if head_size <= 128 and dtype == torch.bfloat16 else 2
-    return most if tokens * heads >= 16 * most * 2 * processors else 1
+@dataclass(frozen=True)
+class Plan:
+    """How a launch is dealt out; as the kernel has it.
+
+    rows: of how many times 16 tokens a block takes keys, and of how many tiles values. columns: of a block of
+    keys. threads: of a block.
+    """
+
+    rows: int
+    columns: int
+    threads: int
+
+
+def plan(tokens: int, heads: int, head_size: int, processors: int) -> Plan:
+    """Several rows where that leaves blocks enough."""
+    most, columns = (4, 16) if head_size <= 128 else (2, 32)  # columns: of a warp
+    if tokens * heads < 16 * most * 2 * processors:
+        return Plan(1, 32, 128)
+    return Plan(most, head_size, 32 * head_size // columns)
+
+
+def shared_bytes(chosen: Plan, head_size: int, options: AttentionOptions, matrix: bool) -> int:
+    """Dynamic shared memory of a block: the kernel's `Memory`, with its queue."""
+    tokens = 16 * chosen.rows
+    offsets = _offsets(options)
+    steps = -(-chosen.rows * head_size // chosen.threads)
+    lookup = max(max(16, table_bytes(x)) + 512 + 16 * (-(-len(x) // 4)) for x in offsets)
+    place = max(24 * tokens, 16 * chosen.rows + 8 * tokens)
+    queue = 4 * steps * chosen.threads * max(map(len, offsets))
+    parts = 16 * (head_size // 32 * _PARTS * chosen.threads if matrix and chosen.rows == 1 else 1)
+    counts = 16 * -(-steps // 4)
+    return tokens * (2 * head_size + 16) + lookup + place + counts + max(queue, parts)
+
+
+def _offsets(options: AttentionOptions) -> list[tuple[int, ...]]:
+    return [ScalePolicy.of(policy).offsets(NVFP4) for policy in (options.k, options.v)]
 
 
 def defines(
     layout: PageLayout, full_page: int, options: AttentionOptions, dtype: torch.dtype, rows: int, matrix: bool
 ) -> tuple[str, ...]:
     """Macros of the kernel."""
-    offsets = [ScalePolicy.of(policy).offsets(NVFP4) for policy in (options.k, options.v)]
+    k, v = (",".join(map(str, offsets)) for offsets in _offsets(options))
     return (
         f"D={layout.head_size}", f"HALF={int(dtype == torch.float16)}", f"ROWS={rows}",
         f"PAGE={layout.block_size}", f"FULL_PAGE={full_page}", f"MATRIX={int(matrix)}",
-        f"K_COUNT={len(offsets[0])}", f"K_OFFSETS={','.join(map(str, offsets[0]))}",
-        f"V_COUNT={len(offsets[1])}", f"V_OFFSETS={','.join(map(str, offsets[1]))}",
+        f"K_OFFSETS={k}", f"V_OFFSETS={v}",
     )  # fmt: skip
 
 
@@ -66,24 +99,18 @@ def parts_of(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix for each KV head, as operands of a product of bf16 fragments.
 
     matrix: (H, D, D) fp32. Returns (H, D / 32, 3, D / 8, 8, 4, 8) bf16: three parts, whose sum is the matrix to
-    24 bits; of 32 rows and 8 columns, lane 4 g + t has rows 8 t to 8 t + 7 of column g.
+    24 bits; of 32 rows and 8 columns, lane 4 g + t has rows 8 i + 2 t and the next, i = 0 to 3, of column g.
     """
     heads, dim, _ = matrix.shape
     parts, rest = [], matrix.float()
     for _ in range(_PARTS):
         parts.append(rest.bfloat16())
         rest = rest - parts[-1].float()
-    tiles = torch.stack(parts, 1).view(heads, _PARTS, dim // 32, 4, 8, dim // 8, 8)
-    return tiles.permute(0, 2, 1, 5, 6, 3, 4).contiguous()
+    tiles = torch.stack(parts, 1).view(heads, _PARTS, dim // 32, 4, 4, 2, dim // 8, 8)
+    return tiles.permute(0, 2, 1, 6, 7, 4, 3, 5).flatten(-2).contiguous()
 
 
 _split: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _parts(matrix: torch.Tensor) -> torch.Tensor:
-    if matrix not in _split:
-        _split[matrix] = parts_of(matrix)
-    return _split[matrix]
 
 
 def write(
@@ -114,17 +141,26 @@ def write(
         else x.contiguous()
         for x in (k, v)
     )
-    rows = rows_of(tokens, heads, dim, k.dtype, _multiprocessors(k.device))
-    run = _kernel(defines(layout, full.shape[2], options, k.dtype, rows, k_matrix is not None), k.device)
+    # The kernel reads the matrix before the kernels in front are done; they must not be those that split it.
+    early = torch.cuda.get_device_capability(k.device)[0] >= 9 and (k_matrix is None or k_matrix in _split)
+    if k_matrix is not None and k_matrix not in _split:
+        _split[k_matrix] = parts_of(k_matrix)
+    chosen = plan(tokens, heads, dim, _multiprocessors(k.device))
+    matrix = k_matrix is not None
+    run = _kernel(defines(layout, full.shape[2], options, k.dtype, chosen.rows, matrix), k.device)
     requests = len(step.seq_lens)
-    key_blocks = -(-tokens // (16 * rows))
+    single = step.max_query_len == 1
+    key_blocks = -(-tokens // (16 * chosen.rows)) * (dim // chosen.columns)
+    blocks = key_blocks + -(-(requests if single else tokens // BLOCK + requests) // chosen.rows)
     run(
-        (key_blocks + tokens // BLOCK + requests, heads, 1), dim, _INVERSES + 16 * rows * (2 * dim + 16),
-        pages, full, step.slots, step.full_slots, k, v, None if k_matrix is None else _parts(k_matrix),
+        (heads, blocks, 1) if chosen.rows == 1 else (blocks, heads, 1),
+        chosen.threads, shared_bytes(chosen, dim, options, matrix),
+        pages, full, step.slots, step.full_slots, k, v, _split[k_matrix] if matrix else None,
         step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
-        1.0 / float(options.v_scale), tokens, requests, key_blocks, k.stride(0), k.stride(1), v.stride(0),
-        v.stride(1), pages.stride(0), pages.stride(1), full.stride(0), full.stride(1),
+        1.0 / float(options.v_scale), int(single), tokens, requests, key_blocks, k.stride(0), k.stride(1),
+        v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), full.stride(0), full.stride(1),
         step.block_table.stride(0), step.full_block_table.stride(0),
+        early=early,
     )  # fmt: skip
 
 

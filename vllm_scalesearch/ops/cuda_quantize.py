@@ -76,13 +76,18 @@ def plan(rows: int, blocks: int, scale: int, processors: int) -> Plan:
     return Plan(threads, share, (rows, -(-blocks // share), 1))
 
 
+def table_bytes(offsets: tuple[int, ...]) -> int:
+    """What the packed search looks up for these candidates; see nvfp4_search.cuh."""
+    packed_search = len(offsets) > 1 and offsets[0] >= -8 and offsets[-1] <= 8
+    table_rows = 8 + max(offsets[-1], 0) if packed_search else 0
+    return table_rows * ((len(offsets) + 1) // 2 | 1) * 16
+
+
 def shared_bytes(offsets: tuple[int, ...], share: int) -> int:
     """Dynamic shared memory of a thread block; see the kernel."""
     if len(offsets) == 1:
         return _HEADER_BYTES
-    packed_search = offsets[0] >= -8 and offsets[-1] <= 8
-    table_rows = 8 + max(offsets[-1], 0) if packed_search else 0
-    return _HEADER_BYTES + table_rows * ((len(offsets) + 1) // 2 | 1) * 16 + 4 * share
+    return _HEADER_BYTES + table_bytes(offsets) + 4 * share
 
 
 def _run(

@@ -160,7 +160,8 @@ class _Workspaces:
         self._retired: list[tuple[torch.Tensor, torch.Tensor]] = []  # captured graphs still write there
 
     def _new(self) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = torch.empty(self._floats, device=self._device)
+        # vLLM makes 16 bits the default dtype while it loads a model.
+        sums = torch.empty(self._floats, dtype=torch.float32, device=self._device)
         return sums, torch.zeros(1024, dtype=torch.int32, device=self._device)
 
     def reserve(self, floats: int) -> None:

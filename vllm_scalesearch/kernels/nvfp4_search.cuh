@@ -1,0 +1,221 @@
+// The search for a block's scale in packed fp16, where an element costs 2.5 instructions a candidate: which
+// candidates can be the winner that search.py finds in fp32.
+//
+// Units. c0 is the absmax code and 2^E its power of two, 2^r <= 1 / tensor_scale < 2^(r + 1) and
+// m = 2^-r / tensor_scale in [1, 2). An element is a = |x| 2^(r - E - 2), which fp16 holds exactly (but for
+// values some 2^-20 of the largest), and |y| = a * 4 m 2^E. A candidate's scale s gives R = fp16(2^-12 m 2^E / s)
+// and S = fp16(2^12 s / (m 2^E)); both depend on c0 % 8 only, except where candidates end at code 126. Then
+// * fp16(a R) is t = |y| / s times 2^-14, so that E2M1, its subnormal included, is fp16's own sign, exponent and
+//   first mantissa bit: adding half a step and clearing nine bits rounds (ties up);
+// * d = fma(q 2^-14, -S, a) and acc = fma(d, d, acc) give the error in units of (4 m 2^E)^2.
+//
+// How far off is it? With u = 2^-11, fp16's unit roundoff:
+// 1. t is off by t u through R and by half a unit in the last place of its binade through the product, so it falls
+//    to the wrong side of a midpoint only within delta of it, which costs an element at most 4 h delta over a true
+//    (h - delta)^2, where h is half the step: 2.2 % (at 1.75 and 3.5; less at .25, .75, 1.25, 2.5 and 5).
+//    It never makes an error smaller. alpha = 0.022.
+// 2. S is off by u, so the vector of s q by at most u (|a| + |d|) (norms over the block): the square root of
+//    the error moves by that at most.
+// 3. d is rounded (u each, twice in the square), eight sums in a half of the accumulator and one of the halves:
+//    11 u of the error.
+// With m the least of the approximate errors, the reference's winner has an approximate error of at most
+//    T = (A sqrt(m) + B |a|)^2 + C,
+//    A = sqrt(1 + alpha) * sqrt((1 + 11 u) / (1 - 11 u)) * (1 + 2 u) < 1.0175,
+//    B = u (sqrt(1 + alpha) + 1) sqrt(1 + 11 u) < 2.02 u; |a|^2 is summed in fp16 too (9 u), hence 2.03 u,
+//    C = 2^-15 for what is subnormal (2^-25 each in d, a and the sums) and the reference's own roundings.
+#pragma once
+
+#include "nvfp4_block.cuh"
+
+constexpr int NEVER = 1 << 20;
+
+// Offsets from the absmax code, ascending.
+template <int... list>
+struct Candidates {
+    static constexpr int count = sizeof...(list);
+
+    static __device__ constexpr int offset(int i) {
+        constexpr int offsets[count] = {list...};
+        return offsets[i];
+    }
+
+    static constexpr int lowest = offset(0), highest = offset(count - 1);
+    // The packed search takes scales from half to twice that of absmax; R and S are normal there.
+    static constexpr bool approximate = count > 1 && lowest >= -8 && highest <= 8;
+    static constexpr int top = highest > 0 && approximate ? highest : 0;  // absmax codes with a candidate above 126
+    static constexpr int table_rows = approximate ? 8 + top : 0;
+    static constexpr int quads = (count + 1) / 2 | 1;  // of a row; odd, so that eight rows lie in different banks
+    static constexpr int pairs = (count + 1) / 2;
+    static constexpr u32 all = (1u << count) - 1;
+};
+
+// --- instructions ----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
+    u32 out;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
+    u32 out;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+__device__ __forceinline__ u32 fma_half2(u32 a, u32 b, u32 c) {
+    u32 out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+__device__ __forceinline__ u32 mul_bf162(u32 a, u32 b) {
+    u32 out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(SIGNS));  // a * b - 0
+    return out;
+}
+
+// Of halves that are not negative; a NaN loses.
+__device__ __forceinline__ u32 min_half2(u32 a, u32 b) {
+    u32 out;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+__device__ __forceinline__ float square_root(float x) {
+    float out;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+// 1 / x, within two units in the last place.
+__device__ __forceinline__ float inverse_of(float x) {
+    float out;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+// --- a block ---------------------------------------------------------------------------------------------
+
+// What the packed search knows of the tensor scale.
+struct Unit {
+    float m;
+    int exponent;  // r - 2, or NEVER
+};
+
+__device__ __forceinline__ Unit unit_of(float reciprocal) {
+    const u32 bits = __float_as_uint(reciprocal);
+    const bool normal = bits >= 0x00800000u && bits < 0x7F800000u;
+    return {__uint_as_float((bits & 0x007FFFFFu) | 0x3F800000u), normal ? (int)(bits >> 23) - 129 : NEVER};
+}
+
+// The absmax code that a row of the table is for: rows 0 to 7 are base % 8, the others base from 127 - top to 126.
+template <class P>
+__device__ constexpr int base_of(int row) {
+    return row < 8 ? 64 + row : 127 - P::top + row - 8;
+}
+
+// The candidates that can be the winner: bit i for candidate i. a: the elements, if they are not all.
+// table: of each row, R and -S of each candidate, each twice. A candidate beyond 126 that repeats another is NaN,
+// which never wins.
+template <class P>
+__device__ __forceinline__ u32 approximate_search(
+    const Block& block, const Unit& unit, const uint4* table, u32 (&a)[8])
+{
+    const int shift = unit.exponent - (block.base >> 3) + 7;  // a = |x| 2^shift
+    // fp16: the factor is a power of two from 2^-24 to 2^15. bf16: products 2^112 times smaller are bf16 whose
+    // exponent and mantissa, three bits to the left, are fp16's.
+    const int low = HALF ? shift + 24 : shift - 112 + 133, normal = HALF ? 10 : 7;
+    if (block.base < 8 - min(P::lowest, 0) || block.v > 464.0f || low < 0 || low > (HALF ? 39 : 260)) return P::all;
+    const u32 factor = (low < normal ? 1u << low : (u32)(low - normal + 1) << normal) * 0x10001u;
+    u32 norm = 0;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const u32 magnitudes = block.x[i] & ~SIGNS;
+        a[i] = HALF ? mul_half2(magnitudes, factor) : mul_bf162(magnitudes, factor) << 3;
+        norm = fma_half2(a[i], a[i], norm);
+    }
+    const int row =
+        P::top && block.base > MAX_CODE - P::top ? block.base - (127 - P::top) + 8 : block.base & 7;
+    table += row * P::quads;
+
+    u32 errors[2 * P::pairs];
+    #pragma unroll
+    for (int quad = 0; quad < (P::count + 1) / 2; ++quad) {
+        const uint4 entries = table[quad];
+        #pragma unroll
+        for (int i = 2 * quad; i < 2 * quad + 2 && i < P::count; ++i) {
+            const u32 r = i % 2 ? entries.z : entries.x, s = i % 2 ? entries.w : entries.y;
+            u32 sum = 0;
+            #pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                u32 q = (mul_half2(a[j], r) + 0x01000100u) & 0xFE00FE00u;
+                // At 7 and above it would be 8; absmax itself and larger scales do not reach 6.4.
+                if (P::offset(i) < 0) q = min_half2(q, 0x0E000E00u);
+                const u32 d = fma_half2(q, s, a[j]);
+                sum = fma_half2(d, d, sum);
+            }
+            errors[i] = sum;
+        }
+    }
+    if (P::count % 2) errors[2 * P::pairs - 1] = 0x7FFF7FFFu;
+
+    // Candidates i and i + pairs in a register.
+    u32 pairs[P::pairs], least;
+    #pragma unroll
+    for (int i = 0; i < P::pairs; ++i) {
+        pairs[i] = add_half2(__byte_perm(errors[i], errors[i + P::pairs], 0x5410),
+                             __byte_perm(errors[i], errors[i + P::pairs], 0x7632));
+        least = i ? min_half2(least, pairs[i]) : pairs[i];
+    }
+    const float m = half_to_float(min_half2(least, least >> 16) & 0xFFFFu);
+    const float n = half_to_float(add_half2(norm, norm >> 16) & 0xFFFFu);
+    constexpr float A = 1.0175f, B = 2.03f / 2048, C = 1.0f / 32768;
+    const float limit = A * A * m + 2 * A * B * square_root(m * n) + B * B * n + C;
+    // A little more, so that rounding it down does no harm; bit 15 then takes no part in the differences.
+    const u32 limits = to_half2(limit * 1.001f, limit * 1.001f) | SIGNS;
+    u32 flags = 0;
+    #pragma unroll
+    for (int i = 0; i < P::pairs; ++i) flags = flags >> 1 | ((limits - pairs[i]) & SIGNS);
+    return (flags >> (16 - P::pairs) & ((1u << P::pairs) - 1)) | flags >> (32 - P::pairs) << P::pairs;
+}
+
+// --- a tensor scale that is a power of two ------------------------------------------------------------------
+
+// Then m is 1, and all that the search looks up is known to the compiler.
+template <class P>
+struct alignas(16) Lookup {
+    u32 table[(P::table_rows ? P::table_rows * P::quads : 1) * 4];
+    float inverses[128];  // 1 / scale of each code, correctly rounded
+    int offsets[(P::count + 3) / 4 * 4];
+};
+
+template <class P>
+__device__ constexpr Lookup<P> lookup_of() {
+    Lookup<P> out = {};
+    for (int row = 0; row < P::table_rows; ++row) {
+        const int base = base_of<P>(row);
+        for (int i = 0; i < 2 * P::quads; ++i) {
+            u32 r = 0x7FFF, s = 0x7FFF;
+            const bool repeats = row >= 8 && i > 0 && i < P::count && base + P::offset(i - 1) >= MAX_CODE;
+            if (i < P::count && !repeats) {
+                const int wanted = base + P::offset(i), code = wanted < MAX_CODE ? wanted : MAX_CODE;
+                // The scale is eighths / 8 * 2^binade times base's power of two; R is 2^-12 / that, rounded.
+                const int eighths = 8 + code % 8, binade = code / 8 - base / 8;
+                s = 0x8000 | (27 + binade) << 10 | code % 8 << 7;
+                r = (eighths == 8 ? (3 - binade) << 10
+                                  : ((2 - binade) << 10) + (32768 + eighths) / (2 * eighths) - 1024);
+            }
+            out.table[(row * 2 * P::quads + i) * 2] = r * 0x10001u;
+            out.table[(row * 2 * P::quads + i) * 2 + 1] = s * 0x10001u;
+        }
+    }
+    for (int code = MIN_CODE; code <= MAX_CODE; ++code) {
+        float scale = code < 8 ? code : 8 + code % 8;
+        for (int i = code < 8 ? 1 : code / 8; i < 10; ++i) scale *= 0.5f;
+        for (int i = 10; i < code / 8; ++i) scale *= 2.0f;
+        out.inverses[code] = 1.0f / scale;
+    }
+    for (int i = 0; i < P::count; ++i) out.offsets[i] = P::offset(i);
+    return out;
+}
