@@ -19,7 +19,7 @@ from report import table, write
 from vllm_scalesearch import attention_prefill
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import cuda_kv_write, cuda_paged_decode, triton_kv_write, triton_paged_attention
+from vllm_scalesearch.ops import cuda_kv_write, cuda_paged_decode, paged_attention, triton_paged_attention
 from vllm_scalesearch.ops.paged_attention import Step
 
 SHAPES = ("1x32768", "8x8192", "32x2048", "32x8192", "32x32768", "128x2048", "4x131072")
@@ -75,7 +75,7 @@ def ours(batch, context, heads, kv_heads, dim, options, triton: bool):
                 cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
 
         def both(q=q, attend=attend):
-            transformed, _ = triton_kv_write.transform_query(q, matrix, options)
+            transformed, _ = paged_attention.transform_query(q, matrix, options)
             attend(transformed)
 
         calls.append(attend)

@@ -14,7 +14,7 @@ from vllm_scalesearch import attention_prefill, attention_warmup, kv_pages
 from vllm_scalesearch.attention_prefill import plan
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import cuda_prompt_attention, paged_attention, triton_kv_gather, triton_kv_write
+from vllm_scalesearch.ops import cuda_prompt_attention, paged_attention, triton_kv_gather
 
 
 def test_groups_hold_what_the_budget_allows() -> None:
@@ -97,7 +97,7 @@ def test_warm_up_runs_every_kind_of_step(monkeypatch) -> None:
     attention = paged_attention.attention
     monkeypatch.setattr(attention_warmup, "_QUERIES", (1, 4, 33, 60))
     monkeypatch.setattr(cuda_prompt_attention, "attend", tiled)
-    monkeypatch.setattr(triton_kv_write, "transform_query", lambda q, m, options: (q, q))
+    monkeypatch.setattr(paged_attention, "transform_query", lambda q, m, options: (q, q))
     monkeypatch.setattr(
         paged_attention, "attention", lambda q, *rest: (seen.append(("packed", len(q))), attention(q, *rest))
     )
@@ -151,7 +151,7 @@ def test_steps_are_split_as_a_gpu_needs_it(engine, tiny, monkeypatch, architectu
     monkeypatch.setattr(cuda_prompt_attention, "attend", lambda *given: tiles.append(tiled(*given)))
     monkeypatch.setattr(triton_kv_gather, "gather", gathered)
     monkeypatch.setattr(
-        triton_kv_write, "transform_query", lambda q, m, options: (paged_attention.transformed(q, m), None)
+        paged_attention, "transform_query", lambda q, m, options: (paged_attention.transformed(q, m), None)
     )
     prefill = "full_precision" if kernel == "flash" else "stored"
     llm = start(engine, tiny(architecture, head_dim=64, **config), {"prefill": prefill},

@@ -76,7 +76,7 @@ POLICIES = {
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size: str, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of few tokens and of many a block."""
-    monkeypatch.setattr(cuda_kv_write, "_multiprocessors", lambda device: 1 if many else 1 << 20)
+    monkeypatch.setattr(cuda_kv_write, "multiprocessors", lambda device: 1 if many else 1 << 20)
     batch = build(REQUESTS, AttentionOptions(v_scale=1 / 16), padding=3, **SIZES[size])
     heads = batch.k.shape[1]
     check_write(batch, None, batch.k, batch.v, cuda_kv_write.write)
@@ -101,7 +101,7 @@ def test_policies(policies: str) -> None:
 )
 def test_searches(policy: str, dtype: torch.dtype, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are hard to decide, zeros, NaN and denormals, from below the least scale to above all."""
-    monkeypatch.setattr(cuda_kv_write, "_multiprocessors", lambda device: 1 if many else 1 << 20)
+    monkeypatch.setattr(cuda_kv_write, "multiprocessors", lambda device: 1 if many else 1 << 20)
     tokens, heads, dim = 512, 2, 96
     for v_scale in (1 / 16, 64.0):
         options = AttentionOptions(k=policy, v=policy, v_scale=v_scale)
@@ -117,7 +117,7 @@ def test_searches(policy: str, dtype: torch.dtype, many: bool, monkeypatch: pyte
 @pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
 def test_it_waits_for_the_kernels_in_front(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be launched while they run: keys, values and slots come from the kernel just before it."""
-    monkeypatch.setattr(cuda_kv_write, "_multiprocessors", lambda device: 1 if many else 1 << 20)
+    monkeypatch.setattr(cuda_kv_write, "multiprocessors", lambda device: 1 if many else 1 << 20)
     batch = build(LONG, AttentionOptions(), dim=128, heads=2, block_size=64)
     step, matrix = on_device(batch.needed_step), matrix_of(2, 128).cuda()
     source = torch.stack((batch.k, batch.v)).cuda()

@@ -262,3 +262,15 @@ def test_many_rows_by_cublas():
         out = w4a16.dense_product(x, tiled, alpha, **arguments)
         expected = _expected(x, weight, **arguments)
         assert (out.double() - expected).norm() <= expected.norm() * 2**-8
+
+
+def test_sums_are_fp32_while_vllm_loads_a_model() -> None:
+    """Which makes the model's dtype the default one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        workspaces = w4a16._Workspaces(torch.device("cpu"))
+        workspaces.reserve(100)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(sums.dtype == torch.float32 and len(sums) == 100 for sums, _ in workspaces._spare)

@@ -13,6 +13,7 @@ import torch
 
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.ops import paged_attention
 from vllm_scalesearch.ops.paged_attention import Step
 
 # From so many queries of a request on, gathering its context is worth it; below, it is read packed.
@@ -93,19 +94,19 @@ def attend(
     what the cache holds, this step's tokens included. flash_attention: takes q, k, v, output, the group and the
     options.
     """
-    from vllm_scalesearch.ops import cuda_prompt_attention, triton_kv_gather, triton_kv_write
+    from vllm_scalesearch.ops import cuda_prompt_attention, triton_kv_gather
 
     rows = group.queries
     requests = step.part(group.requests, group.max_query_len)
     if not options.own_chunk:
-        q, q_stored = triton_kv_write.transform_query(q[rows], q_matrix, options)
+        q, q_stored = paged_attention.transform_query(q[rows], q_matrix, options)
         cuda_prompt_attention.attend(q, q_stored, pages, full, layout, requests, group, options, output[rows])
         return
     if not group.context:
         # R and H leave scores as they are, so there is nothing to transform.
         flash_attention(q[rows], k[rows], v[rows], output[rows], group, options)
         return
-    q, _ = triton_kv_write.transform_query(q[rows], q_matrix, options)
+    q, _ = paged_attention.transform_query(q[rows], q_matrix, options)
     keys, values = (
         torch.empty(group.tokens, pages.shape[1], layout.head_size, dtype=full.dtype, device=full.device)
         for _ in range(2)

@@ -67,16 +67,23 @@ def plan(tokens: int, heads: int, head_size: int, processors: int) -> Plan:
 
 
 def shared_bytes(chosen: Plan, head_size: int, options: AttentionOptions, matrix: bool) -> int:
-    """Dynamic shared memory of a block: the kernel's `Memory`, with its queue."""
+    """Dynamic shared memory of a block of kv_write.cu."""
     tokens = 16 * chosen.rows
-    offsets = _offsets(options)
+    place = max(24 * tokens, 16 * chosen.rows + 8 * tokens)
+    return row_bytes(chosen, head_size, _offsets(options), place, matrix)
+
+
+def row_bytes(chosen: Plan, head_size: int, offsets: list[tuple[int, ...]], place: int, matrix: bool) -> int:
+    """What head_blocks.cuh's `Memory` takes, with its queue. place: bytes of the kernel's own."""
+    tokens = 16 * chosen.rows
     steps = -(-chosen.rows * head_size // chosen.threads)
     lookup = max(max(16, table_bytes(x)) + 512 + 16 * (-(-len(x) // 4)) for x in offsets)
-    place = max(24 * tokens, 16 * chosen.rows + 8 * tokens)
+    place = -(-place // 4) * 4
     queue = 4 * steps * chosen.threads * max(map(len, offsets))
     parts = 16 * (head_size // 32 * _PARTS * chosen.threads if matrix and chosen.rows == 1 else 1)
     counts = 16 * -(-steps // 4)
-    return tokens * (2 * head_size + 16) + lookup + place + counts + max(queue, parts)
+    before = -(-(tokens * (2 * head_size + 16) + lookup + place + counts) // 16) * 16
+    return before + max(queue, parts)
 
 
 def _offsets(options: AttentionOptions) -> list[tuple[int, ...]]:
@@ -113,6 +120,17 @@ def parts_of(matrix: torch.Tensor) -> torch.Tensor:
 _split: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def split(matrix: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor | None, bool]:
+    """`parts_of` a matrix, kept with it; and whether a kernel may read them before those in front are done.
+
+    Those that split the matrix must not be among them.
+    """
+    early = torch.cuda.get_device_capability(device)[0] >= 9 and (matrix is None or matrix in _split)
+    if matrix is not None and matrix not in _split:
+        _split[matrix] = parts_of(matrix)
+    return None if matrix is None else _split[matrix], early
+
+
 def write(
     pages: torch.Tensor,
     full: torch.Tensor,
@@ -141,11 +159,8 @@ def write(
         else x.contiguous()
         for x in (k, v)
     )
-    # The kernel reads the matrix before the kernels in front are done; they must not be those that split it.
-    early = torch.cuda.get_device_capability(k.device)[0] >= 9 and (k_matrix is None or k_matrix in _split)
-    if k_matrix is not None and k_matrix not in _split:
-        _split[k_matrix] = parts_of(k_matrix)
-    chosen = plan(tokens, heads, dim, _multiprocessors(k.device))
+    parts, early = split(k_matrix, k.device)
+    chosen = plan(tokens, heads, dim, multiprocessors(k.device))
     matrix = k_matrix is not None
     run = _kernel(defines(layout, full.shape[2], options, k.dtype, chosen.rows, matrix), k.device)
     requests = len(step.seq_lens)
@@ -155,7 +170,7 @@ def write(
     run(
         (heads, blocks, 1) if chosen.rows == 1 else (blocks, heads, 1),
         chosen.threads, shared_bytes(chosen, dim, options, matrix),
-        pages, full, step.slots, step.full_slots, k, v, _split[k_matrix] if matrix else None,
+        pages, full, step.slots, step.full_slots, k, v, parts,
         step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
         1.0 / float(options.v_scale), int(single), tokens, requests, key_blocks, k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), full.stride(0), full.stride(1),
@@ -170,5 +185,5 @@ def _kernel(macros: tuple[str, ...], device: torch.device) -> Kernel:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -165,6 +165,17 @@ def kernel_for(layout: PageLayout, options: AttentionOptions, queries: int, devi
     return "triton"
 
 
+def transform_query(
+    q: torch.Tensor, q_matrix: torch.Tensor | None, options: AttentionOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`triton_kv_write.transform_query` on a CUDA GPU, by the kernel that is there for it."""
+    from vllm_scalesearch.ops import cuda_transform_query, triton_kv_write
+
+    if cuda_transform_query.unsupported(q.shape[2], options, q.device) is None:
+        return cuda_transform_query.transform_query(q, q_matrix, options)
+    return triton_kv_write.transform_query(q, q_matrix, options)
+
+
 def _attention_on_cuda(
     q: torch.Tensor,
     pages: torch.Tensor,
@@ -178,16 +189,15 @@ def _attention_on_cuda(
     from vllm_scalesearch.ops import (
         cuda_paged_decode,
         triton_fp4_attention,
-        triton_kv_write,
         triton_paged_attention,
     )
 
     kernel = kernel_for(layout, options, step.max_query_len, pages.device)
     if kernel == "fp4":  # packs its queries itself
-        q, _ = triton_kv_write.transform_query(q, q_matrix, replace(options, q=None))
+        q, _ = transform_query(q, q_matrix, replace(options, q=None))
         triton_fp4_attention.attention(q, pages, full, layout, step, options, output)
         return
-    q, q_stored = triton_kv_write.transform_query(q, q_matrix, options)
+    q, q_stored = transform_query(q, q_matrix, options)
     if kernel == "cuda":
         cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
     else:
