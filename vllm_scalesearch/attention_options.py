@@ -26,7 +26,8 @@ class CacheOptions:
 
     operands: ``kv``, what lies in the cache and nothing else; or ``qkvp``, the paper's whole algorithm.
     q, k, v, p: scale policy of each (`ScalePolicy`); those of q and p matter for ``qkvp`` only. P is quantized
-        by its maximum unless asked, because a search of P's scales costs speed and buys nothing (README.md).
+        by its maximum unless asked, because a search of P's scales takes half of the speed and saves little
+        (README.md).
     hadamard: multiply queries and keys by H.
     r: R of each KV head. ``auto``: from the model's file, H alone where there is none; ``random``: the same,
         but calibrated from random token ids where there is none; ``none``: no R; otherwise the path of a
