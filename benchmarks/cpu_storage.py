@@ -1,4 +1,4 @@
-"""What keeping weights dense or packed costs on the CPU: memory, and tokens a second.
+"""What keeping weights dense or packed, and the NVFP4 cache, cost on the CPU: memory, and tokens a second.
 
     python benchmarks/cpu_storage.py [--model DIR]
 
@@ -23,12 +23,21 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-CONFIGS: dict[str, dict[str, Any] | None] = {
-    "bf16": None,
-    "w4a16, dense": {},
-    "w4a16, packed": {"cpu_storage": "packed"},
-    "w4a4, dense": {"activations": "paper"},
-    "w4a4 fast, dense": {"activations": "fast"},
+
+def weights(**options: str) -> dict[str, Any]:
+    return {"quantization": "scalesearch", "additional_config": {"scalesearch": options}}
+
+
+CACHE = {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4"}
+# Arguments of the engine.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "w4a16, dense": weights(),
+    "w4a16, packed": weights(cpu_storage="packed"),
+    "w4a4, dense": weights(activations="paper"),
+    "w4a4 fast, dense": weights(activations="fast"),
+    "bf16, NVFP4 cache": CACHE,
+    "w4a16, dense, NVFP4 cache": weights() | CACHE,
 }
 BATCHES = (1, 8)
 NEW_TOKENS = {"w4a16, packed": 16}
@@ -37,13 +46,8 @@ NEW_TOKENS = {"w4a16, packed": 16}
 def run(model: Path, label: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    options = CONFIGS[label]
-    quantization = {} if options is None else {
-        "quantization": "scalesearch",
-        "additional_config": {"scalesearch": options},
-    }  # fmt: skip
     start = time.perf_counter()
-    llm = LLM(str(model), enforce_eager=True, max_model_len=1024, disable_log_stats=True, **quantization)
+    llm = LLM(str(model), enforce_eager=True, max_model_len=1024, disable_log_stats=True, **CONFIGS[label])
     result: dict[str, Any] = {"start_s": time.perf_counter() - start}
     new = NEW_TOKENS.get(label, 64)
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)

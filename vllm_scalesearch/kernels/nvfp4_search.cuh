@@ -26,6 +26,7 @@
 #pragma once
 
 #include "nvfp4_block.cuh"
+#include "packed_halves.cuh"
 
 constexpr int NEVER = 1 << 20;
 
@@ -51,34 +52,9 @@ struct Candidates {
 
 // --- instructions ----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
-    u32 out;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
-    u32 out;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-__device__ __forceinline__ u32 fma_half2(u32 a, u32 b, u32 c) {
-    u32 out;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    return out;
-}
-
 __device__ __forceinline__ u32 mul_bf162(u32 a, u32 b) {
     u32 out;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(SIGNS));  // a * b - 0
-    return out;
-}
-
-// Of halves that are not negative; a NaN loses.
-__device__ __forceinline__ u32 min_half2(u32 a, u32 b) {
-    u32 out;
-    asm("min.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
     return out;
 }
 

@@ -19,6 +19,9 @@
 // Macros: D, HALF, SINK, RECENT, WINDOW (0: none), Q_QUANTIZED, P_COUNT and P_OFFSETS (candidates of P, ascending; 0:
 // P stays as it is).
 
+#define BOUNDED 0
+#include "nvfp4_block.cuh"
+#include "packed_halves.cuh"
 #include "prompt_tiles.cuh"
 
 typedef unsigned long long u64;
@@ -31,7 +34,7 @@ constexpr bool P_QUANTIZED = P_COUNT > 0;
 constexpr float LEVELS_LOG2 = P_QUANTIZED ? 10.0f : 0.0f;  // of attention_reference.py's P_LEVELS
 // What operands of P are in units of: E2M1 * E4M3 is then far from the ends of both 16-bit types.
 constexpr float UNIT = P_QUANTIZED ? 1.0f / 256 : 1.0f, UNIT_LOG2 = P_QUANTIZED ? -8.0f : 0.0f;
-constexpr int CODES = 127, MIN_CODE = 1, MAX_CODE = 126;
+constexpr int CODES = MAX_CODE + 1;
 constexpr int QUADS = (P_COUNT + 2) / 2 | 1;  // of a row of the table; odd, so that rows lie in different banks
 
 #if P_COUNT
@@ -127,30 +130,7 @@ __device__ __forceinline__ void multiply_values(float (&o)[D / 2], u32 p0, u32 p
 #endif
 }
 
-__device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
-    u32 out;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
-    u32 out;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-__device__ __forceinline__ u32 fma_half2(u32 a, u32 b, u32 c) {
-    u32 out;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    return out;
-}
-
-__device__ __forceinline__ u32 min_half2(u32 a, u32 b) {
-    u32 out;
-    asm("min.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
+// A NaN wins.
 __device__ __forceinline__ u32 max_half2(u32 a, u32 b) {
     u32 out;
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
@@ -169,14 +149,6 @@ __device__ __forceinline__ u32 pair(float low, float high) {
 }
 
 // --- P ---------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float scale_of(int code) {
-    return __uint_as_float(static_cast<u32>(code) << 20) * 1.329227995784916e36f;  // 2^120
-}
-
-__device__ __forceinline__ int clamped(int code) {
-    return min(max(code, MIN_CODE), MAX_CODE);
-}
 
 __device__ __forceinline__ u32 twice(float x) {
     return as_halves(x, x);
@@ -207,11 +179,10 @@ __device__ __forceinline__ float quantize(u32 (&x)[8], const uint4* table, const
 #pragma unroll
     for (int k = 1; k < 8; k++) most = max_half2(most, x[k]);
     most = max_half2(most, most >> 16);
-    float amax;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(amax) : "r"(most));
+    const float amax = half_to_float(most);
     u32 base;
     asm("{.reg .b16 two; cvt.rn.satfinite.e4m3x2.f32 two, %1, %2; cvt.u32.u16 %0, two;}"
-        : "=r"(base) : "f"(0.0f), "f"(amax * 0.16666667163372039794921875f));
+        : "=r"(base) : "f"(0.0f), "f"(amax * SIXTH));
     base = clamped(base);
     const uint4* row = table + base * QUADS;
     const uint2* entries = reinterpret_cast<const uint2*>(row);
@@ -263,9 +234,7 @@ __device__ __forceinline__ float quantize(u32 (&x)[8], const uint4* table, const
 #endif
     }
     sum = add_half2(sum, sum >> 16);
-    float elements;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(elements) : "r"(sum));
-    return fmaf(elements, scale_of(code) * 16384.0f, amax * 0.0f);  // NaN if an element is
+    return fmaf(half_to_float(sum), scale_of(code) * 16384.0f, amax * 0.0f);  // NaN if an element is
 }
 #endif
 
