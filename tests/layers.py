@@ -66,24 +66,6 @@ def stored(model: torch.nn.Module) -> bytes:
     return buffer.getvalue()
 
 
-def decoded(model: torch.nn.Module) -> bytes:
-    """Values and tensor scale of every layer that the weight-streaming kernel reads, as `torch.save` writes.
-
-    On a GPU weights lie in the order of vLLM's kernel; what they decode to is the same in any order.
-    """
-    from vllm_scalesearch.ops import w4a16
-
-    tensors = {}
-    for name, module in model.named_modules():
-        weight = getattr(getattr(getattr(module, "quant_method", None), "product", None), "weight", None)
-        if isinstance(weight, w4a16.TiledWeight):
-            values = w4a16.dequantize(weight, torch.bfloat16)
-            tensors[name] = values.cpu(), weight.tensor_scale.cpu()
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    return buffer.getvalue()
-
-
 def checkpoint_tensor(model: Path, layer: str, kind: str = "weight") -> torch.Tensor | None:
     """The checkpoint's weight or bias of a vLLM layer, fused as vLLM fuses it; None if there is none."""
     parent, _, last = layer.rpartition(".")

@@ -1,10 +1,13 @@
 """R: its files, its calibration on first use, and the command that calibrates it from a text."""
 
+import contextlib
 import json
 import os
+import types
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_attention_vllm import SERVED, assert_is_the_definition, generate, random_prompt, recorded
 
@@ -41,6 +44,34 @@ def test_a_rank_reads_its_heads(tmp_path):
         for part in ("r", "r_inverse_t", "condition", "fallback"):
             assert torch.equal(getattr(got, part), getattr(reduction, part)[first : first + count])
     assert reduction_files.load(file, "model.layers.7.self_attn.attn", 0, 4, 32)[0] is None
+
+
+def test_a_rank_reads_no_more_than_its_heads(tmp_path, monkeypatch):
+    reductions = {LAYER: some_reduction(), "model.layers.0.self_attn.attn": some_reduction()}
+    file = tmp_path / "r.safetensors"
+    reduction_files.save(file, reductions, "a test")
+    read = {}
+
+    class Part:
+        def __init__(self, name, part):
+            self.name, self.part, self.get_shape = name, part, part.get_shape
+
+        def __getitem__(self, index):
+            read[self.name] = self.part[index]
+            return read[self.name]
+
+    @contextlib.contextmanager
+    def watched(path, framework):
+        """Without `get_tensor`, which reads a tensor as a whole."""
+        with safe_open(path, framework) as opened:
+            yield types.SimpleNamespace(
+                metadata=opened.metadata, keys=opened.keys, get_slice=lambda n: Part(n, opened.get_slice(n))
+            )
+
+    monkeypatch.setattr(reduction_files, "safe_open", watched)
+    reduction_files.load(file, LAYER, 1, 2, 32)
+    assert sorted(read) == [f"{LAYER}.{part}" for part in ("condition", "fallback", "r", "r_inverse_t")]
+    assert all(len(tensor) == 2 for tensor in read.values())
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(5, 32), (4, 64)])

@@ -1,7 +1,9 @@
 """A model split over two processes stores the codes, and gives the numbers, of the whole one."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +18,15 @@ from vllm_scalesearch.search import quantize
 
 pytestmark = pytest.mark.vllm
 
+TIMEOUT = 300  # seconds
 PROMPTS = torch.randint(512, (2, 48), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def run_split(folder: Path, model: Path, options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
     """One run of parallel_run.py in `folder`; raises AssertionError with its output when it leaves no result.
 
-    The exit code is no part of it: vLLM's threads now and then abort a process that is done.
+    The exit code is no part of it: vLLM's threads now and then abort a process that is done. Nothing that it
+    started outlives it: a worker that hangs would keep its GPU's memory.
     """
     described = {
         "model": str(model), "quantization": "scalesearch", "prompts": PROMPTS,
@@ -30,14 +34,28 @@ def run_split(folder: Path, model: Path, options: dict[str, Any], **arguments: A
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(described))
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    script = Path(__file__).with_name("parallel_run.py")
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder / "arguments.json"), str(folder / "out.pt")],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert (folder / "out.pt").exists(), result.stdout[-4000:] + result.stderr[-4000:]
+    ranks = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+    environment = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    script, log = Path(__file__).with_name("parallel_run.py"), folder / "log.txt"
+    command = [sys.executable, str(script), str(folder / "arguments.json"), str(folder / "out.pt")]
+    with log.open("w") as output:
+        run = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            run.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            output.write(f"\nno result after {TIMEOUT} s")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    assert (folder / "out.pt").exists(), log.read_text()
     return torch.load(folder / "out.pt")
 
 
