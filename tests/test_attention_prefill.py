@@ -67,10 +67,10 @@ def attended(self, q, k, v, output, group, options) -> None:
         output[rows] = found.transpose(0, 1).to(output.dtype)
 
 
-def tiled(q, q_stored, pages, full, layout, step, group, options, output) -> None:
+def tiled(q, q_stored, pages, full, layout, step, options, output, k_start_loc, max_tokens) -> None:
     """`cuda_prompt_attention.attend`, by the definition."""
-    assert group.query_start_loc.diff().equal(step.query_start_loc.diff()) and q.shape == output.shape
-    step = replace(step, query_start_loc=group.query_start_loc)
+    assert step.query_start_loc[0] == 0 and step.query_start_loc[-1] == len(q) == len(output)
+    assert k_start_loc.diff().equal(step.seq_lens) and max_tokens >= int(k_start_loc[-1])
     paged_attention.attention(q, pages, full, layout, step, None, options, output)
 
 
@@ -91,7 +91,7 @@ def test_warm_up_runs_every_kind_of_step(monkeypatch) -> None:
     """On the CPU, where the definition runs in the place of the kernels."""
     seen = []
 
-    def tiled(q, q_stored, pages, full, layout, step, group, options, output):
+    def tiled(q, q_stored, pages, full, layout, step, *rest):
         seen.append(("tiles", len(q), int(step.seq_lens[0])))
 
     attention = paged_attention.attention

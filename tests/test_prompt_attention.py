@@ -66,7 +66,7 @@ def attended(batch, options=None) -> torch.Tensor:
     output = torch.full_like(q, SENTINEL)
     cuda_prompt_attention.attend(
         q, q_stored, like(batch.needed_pages, "cuda"), like(batch.needed_full, "cuda"), batch.layout, step,
-        group, options, output,
+        options, output, group.k_start_loc, group.tokens,
     )  # fmt: skip
     return output
 
@@ -165,6 +165,6 @@ def test_wrong_arguments_say_why() -> None:
     q = batch.q.cuda()
     with pytest.raises(ValueError, match="output is"):
         cuda_prompt_attention.attend(
-            q, q, like(batch.pages, "cuda"), like(batch.full, "cuda"), batch.layout, step, group, batch.options,
-            q.half(),
+            q, q, like(batch.pages, "cuda"), like(batch.full, "cuda"), batch.layout, step, batch.options,
+            q.half(), group.k_start_loc, group.tokens,
         )  # fmt: skip

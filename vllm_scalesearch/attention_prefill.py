@@ -7,7 +7,7 @@ of our own attend to them (ops/cuda_prompt_attention.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -100,7 +100,10 @@ def attend(
     requests = step.part(group.requests, group.max_query_len)
     if not options.own_chunk:
         q, q_stored = paged_attention.transform_query(q[rows], q_matrix, options)
-        cuda_prompt_attention.attend(q, q_stored, pages, full, layout, requests, group, options, output[rows])
+        cuda_prompt_attention.attend(
+            q, q_stored, pages, full, layout, replace(requests, query_start_loc=group.query_start_loc), options,
+            output[rows], group.k_start_loc, group.tokens,
+        )  # fmt: skip
         return
     if not group.context:
         # R and H leave scores as they are, so there is nothing to transform.

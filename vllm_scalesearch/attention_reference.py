@@ -142,7 +142,7 @@ class AttentionOptions:
 
     @property
     def p_levels(self) -> float:
-        """What sums of products with P are in units of, inversely, before tensor scales of rows."""
+        """P's tensor scales are powers of two over this."""
         return P_LEVELS if self.p is not None and self.two_level_p else 1.0
 
     def exp2_scales(self, head_size: int) -> tuple[float, float]:

@@ -1,5 +1,5 @@
 // Attention of prompts over the paged cache on Hopper, with P, and Q before it, quantized where asked
-// (attention_reference.py, kv_tile 128, every query with its own boundary).
+// (attention_reference.py, every query with its own boundary).
 //
 // A block has 128 queries of one head of a request: two warpgroups of 64 that multiply, and one thread that copies
 // tiles of keys and values (prompt_tiles.cuh) to shared memory, two of each ahead. It walks over items: a tile of
@@ -10,11 +10,11 @@
 // those are multiplied it brings the softmax up to date, and then makes the item's P an operand in registers.
 //
 // P = 1024 * 2^(s - n), n a whole number that the scores of stored tokens do not exceed, is quantized in packed
-// fp16: a thread has whole scale blocks of 16. The absmax code c0
-// has the power of two 2^E. An element is a = P 2^(-E - 2), a candidate's scale s gives R = fp16(2^-12 2^E / s) and
-// S = fp16(2^12 s / 2^E), and then, as in quantize_nvfp4.cu, a R is P / s times 2^-14, where E2M1 is fp16's own sign,
-// exponent and first mantissa bit: adding half a step and clearing nine bits rounds. Errors are good to three digits
-// and so are P's values, so another candidate than the definition's can win where two are as good as equal.
+// fp16: a thread has whole scale blocks of 16. The absmax code c0 has the power of two 2^E. An element is
+// a = P 2^(-E - 2), a candidate's scale s gives R = fp16(2^-12 2^E / s) and S = fp16(2^12 s / 2^E), and then, as in
+// nvfp4_search.cuh, a R is P / s times 2^-14, where E2M1 is fp16's own sign, exponent and first mantissa bit: adding
+// half a step and clearing nine bits rounds. Errors are good to three digits and so are P's values, so another
+// candidate than the definition's can win where two are as good as equal.
 //
 // Macros: D, HALF, SINK, RECENT, WINDOW (0: none), Q_QUANTIZED, P_COUNT and P_OFFSETS (candidates of P, ascending; 0:
 // P stays as it is).

@@ -18,7 +18,6 @@ from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.search import ScalePolicy
 
 if TYPE_CHECKING:
-    from vllm_scalesearch.attention_prefill import Group
     from vllm_scalesearch.ops.paged_attention import Step
 
 HEAD_SIZES = (64, 128)
@@ -76,15 +75,16 @@ def attend(
     full: torch.Tensor,
     layout: PageLayout,
     step: "Step",
-    group: "Group",
     options: AttentionOptions,
     output: torch.Tensor,
+    k_start_loc: torch.Tensor,
+    max_tokens: int,
 ) -> None:
-    """Attention of a group's transformed queries, into `output`.
+    """Attention of a step's transformed queries, into `output`.
 
-    q, q_stored, output: (T, Hq, D), of the group's queries alone; q_stored as `triton_kv_write.transform_query`
-    has it. pages, full: as `triton_kv_write.transform_and_write` has them, full in q's dtype. step: of the
-    group's requests. Where `unsupported` names a reason, nothing here is defined.
+    q, q_stored, output: (T, Hq, D); q_stored as `triton_kv_write.transform_query` has it. pages, full: as
+    `triton_kv_write.transform_and_write` has them, full in q's dtype. k_start_loc: (B + 1,) int32, sums of
+    ``step.seq_lens`` from 0 on. max_tokens: at least ``k_start_loc[B]``. Where `unsupported` names a reason, nothing here is defined.
     Raises ValueError for tensors that do not fit.
     """
     heads, dim = pages.shape[1], layout.head_size
@@ -106,19 +106,19 @@ def attend(
         x.contiguous() if x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16 else x for x in (q, q_stored)
     )
     gather, attention = _kernels(defines(layout, full.shape[2], options, q.dtype), q.device)
-    tiles, query_tiles = (tokens // TILE + requests for tokens in (group.tokens, queries))
+    tiles, query_tiles = (tokens // TILE + requests for tokens in (max_tokens, queries))
     shape = heads, tiles, TILE * dim
     operands = [torch.empty(shape, dtype=q.dtype, device=q.device) for _ in range(4)]
     gather(
         (tiles, heads, 2), TILE, 2 * TILE * dim * 2,
-        pages, full, *operands, group.k_start_loc, group.query_start_loc, step.seq_lens, step.block_table,
+        pages, full, *operands, k_start_loc, step.query_start_loc, step.seq_lens, step.block_table,
         step.full_block_table, float(options.v_scale), requests, pages.stride(0), pages.stride(1),
         full.stride(0), full.stride(1), step.block_table.stride(0), step.full_block_table.stride(0),
     )  # fmt: skip
     score_scale, _ = options.exp2_scales(dim)
     attention(
         (query_tiles * query_heads, 1, 1), _THREADS, shared_bytes(dim, options),
-        q, q_stored, *operands, output, group.k_start_loc, group.query_start_loc, step.seq_lens, requests,
+        q, q_stored, *operands, output, k_start_loc, step.query_start_loc, step.seq_lens, requests,
         tiles, heads, query_heads // heads, query_tiles, q.stride(0), q.stride(1), q_stored.stride(0),
         q_stored.stride(1), output.stride(0), output.stride(1), score_scale,
     )  # fmt: skip
