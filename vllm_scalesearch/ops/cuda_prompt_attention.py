@@ -84,7 +84,8 @@ def attend(
 
     q, q_stored, output: (T, Hq, D); q_stored as `triton_kv_write.transform_query` has it. pages, full: as
     `triton_kv_write.transform_and_write` has them, full in q's dtype. k_start_loc: (B + 1,) int32, sums of
-    ``step.seq_lens`` from 0 on. max_tokens: at least ``k_start_loc[B]``. Where `unsupported` names a reason, nothing here is defined.
+    ``step.seq_lens`` from 0 on. max_tokens: at least ``k_start_loc[B]``.
+    Where `unsupported` names a reason, nothing here is defined.
     Raises ValueError for tensors that do not fit.
     """
     heads, dim = pages.shape[1], layout.head_size
