@@ -12,72 +12,19 @@
 // channels. V: rows are channels, blocks lie along tokens. E4M3 bits in the place of fp32's are the scale times
 // 2^-120.
 //
-// Work. The units of all requests and heads (16 tokens in 16 bits, or 32 stored ones) are one list, cut into
-// equal shares, a block each; so lengths may be as ragged as they like. Warps of a block take units in turns.
-// Where several blocks share a head of a request, the last to finish merges what all found.
+// Work is shared out and merged as decode_work.cuh says.
 //
-// Macros: D head size; QUERIES query heads of a program, at most 4 * TILES; TILES of four query heads; PAGE and
-// FULL_PAGE tokens of the pages; SINK, RECENT, WINDOW (0: none) tokens; SOFT_CAP, HALF 0 or 1; BLOCKS a
-// multiprocessor.
+// Macros: those of decode_work.cuh, QUERIES at most 4 * TILES; TILES of four query heads; BLOCKS a multiprocessor.
 
-#include "nvfp4_attention.cuh"
+#include "decode_work.cuh"
 
-constexpr int WARPS = 4;
 constexpr int K_WORDS = D / 32;         // words of codes of a lane for a token's key
 constexpr int SCALE_WORDS = (D / 16 + 3) / 4;  // of scales of a token's key
-constexpr int GROUPS = D / 16;          // groups of 16 channels
 constexpr int V_SCALE_WORDS = (2 * GROUPS + 3) / 4;
-constexpr int K_SCALES = PAGE * D / 2, V_CODES = PAGE * D * 9 / 16, V_SCALES = V_CODES + PAGE * D / 2;
 constexpr int PITCH = 2 * D + 16;       // bytes of a token's 16-bit values in shared memory
 constexpr float P_UNIT = 32768.0f;      // of P's operands, so that small ones are normal numbers
-constexpr float OUTPUT_UNIT = 6.646139978924579e35f;  // 2^119: sums are of P_UNIT, 2^-14 and 2^-120
-constexpr int FOUND = D + 2;            // floats that a warp finds of a query: sums, maximum and total
-constexpr int SHARED_BYTES = (16 * PITCH > QUERIES * FOUND * 4 ? 16 * PITCH : QUERIES * FOUND * 4 + 15) / 16 * 16;
 
-static_assert(D % 32 == 0 && QUERIES <= 4 * TILES && PAGE % 16 == 0 && FULL_PAGE >= 4);
-
-struct Arguments {
-    const u16* q;
-    const u8* pages;
-    const u16* full;
-    u16* output;
-    const int *query_start_loc, *seq_lens, *block_table, *full_block_table;
-    float *partial, *statistics;
-    int* arrived;
-    int requests, heads, pieces, group;
-    int table_stride, full_table_stride;
-    int q_stride, q_head_stride, output_stride, output_head_stride;
-    int page_stride, head_stride, full_stride, full_head_stride;
-    float score_scale, cap, full_unit, output_unit;
-    Opaque opaque;
-};
-
-// What of a request's tokens is where.
-struct Ranges {
-    int length;
-    int low;         // first token that is seen
-    int sink_end;    // tokens in [low, sink_end) and [newest, length) are in 16 bits,
-    int newest;      // those in [stored_low, stored_high) stored
-    int stored_low, stored_high;
-
-    __device__ explicit Ranges(int tokens) {
-        length = tokens;
-        low = WINDOW > 0 ? max(0, tokens - WINDOW) : 0;
-        sink_end = min(SINK, tokens);
-        const int boundary = max(tokens - RECENT, 0) / 16 * 16;
-        stored_low = max(SINK, low);
-        stored_high = boundary;
-        newest = max(max(boundary, SINK), low);
-    }
-    __device__ int sink_units() const { return low < sink_end ? (sink_end + 15) / 16 - low / 16 : 0; }
-    __device__ int newest_units() const { return newest < length ? (length + 15) / 16 - newest / 16 : 0; }
-    __device__ int stored_units() const {
-        return stored_low < stored_high ? (stored_high + 31) / 32 - stored_low / 32 : 0;
-    }
-    __device__ int units() const {
-        return length > 0 ? sink_units() + newest_units() + stored_units() : 0;
-    }
-};
+static_assert(QUERIES <= 4 * TILES);
 
 // A unit of stored tokens, in the order of pages.
 struct StoredKeys {
@@ -91,12 +38,6 @@ struct StoredValues {
 struct State {
     float maximum[TILES], total[TILES], output[TILES][GROUPS][2];
 };
-
-__device__ __forceinline__ const u8* tile_address(
-    const Arguments& a, const int* table, int head, int tile) {
-    const int token = tile * 16;
-    return a.pages + static_cast<long long>(__ldg(table + token / PAGE)) * a.page_stride + head * a.head_stride;
-}
 
 __device__ __forceinline__ void load_keys(
     StoredKeys& k, const u8* const page[2], const int tile[2], int lane) {
@@ -134,14 +75,6 @@ __device__ __forceinline__ void load_values(
         }
         load_words<V_SCALE_WORDS>(v.scales[i], page[i] + V_SCALES + inside * D + g * (2 * GROUPS));
     }
-}
-
-__device__ __forceinline__ float capped(float score, float scale, float cap) {
-    score *= scale;
-#if SOFT_CAP
-    score = cap * (1.0f - 2.0f / (exp2_approx(score) + 1.0f));
-#endif
-    return score;
 }
 
 // New maximum of a query's scores, all lanes of it; what was summed up before is scaled to it.
@@ -379,14 +312,6 @@ __device__ __forceinline__ void stored_units(
 
 // --- tokens in 16 bits -----------------------------------------------------------------------------
 
-// Token n of the range [low, high) that begins in tile `tile`, or the nearest one that is in it.
-__device__ __forceinline__ const u16* whole_token(
-    const Arguments& a, const int* table, int head, int token, int low, int high) {
-    token = min(max(token, low), high - 1);
-    return a.full + static_cast<long long>(__ldg(table + token / FULL_PAGE)) * a.full_stride + head * a.full_head_stride +
-           token % FULL_PAGE * (2 * D);
-}
-
 __device__ __forceinline__ void whole_unit(
     State& state, const Arguments& a, const int* table, int head, const u16* q, int tile, int low, int high,
     u8* shared, int lane) {
@@ -470,132 +395,16 @@ __device__ __forceinline__ void whole_unit(
 
 // --- a block's share -------------------------------------------------------------------------------
 
-__device__ __forceinline__ float weight_of(float maximum, float all) {
-    return maximum == -INFINITY ? 0.0f : exp2_approx(maximum - all);
-}
+struct Narrow {
+    static constexpr int OF_VALUES = 16 * PITCH, OF_FOUND = QUERIES * FOUND * 4;
+    static constexpr int WARP_BYTES = (OF_VALUES > OF_FOUND ? OF_VALUES : OF_FOUND + 15) / 16 * 16;
+    static constexpr float OUTPUT_UNIT = 6.646139978924579e35f;  // 2^119: sums are of P_UNIT, 2^-14 and 2^-120
+    static constexpr int LEAST = 1, TOGETHER = 0, CHANNELS = 1;
+    static constexpr bool RAGGED = false;
 
-// Merge what `count` blocks from `from` on found, a query a warp at a time. late: of the first block it is the
-// second piece.
-__device__ __forceinline__ void merge(
-    const Arguments& a, u16* out, int from, int count, int late, u8* shared, int lane, int warp) {
-    float* weights = reinterpret_cast<float*>(shared + warp * SHARED_BYTES);
-    const auto slot_of = [&](int n) { return 2 * (from + n) + (n ? 0 : late); };
-    for (int query = warp; query < QUERIES; query += WARPS) {
-        const float2* statistics = reinterpret_cast<const float2*>(a.statistics) + query;
-        float maximum = -INFINITY;
-        for (int n = lane; n < count; n += 32) maximum = fmaxf(maximum, __ldcg(statistics + slot_of(n) * QUERIES).x);
-#pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
-        float sum[D / 32] = {}, total = 0.0f;
-        for (int begin = 0; begin < count; begin += 32) {
-            __syncwarp();
-            float weight = 0.0f;
-            if (begin + lane < count) {
-                const float2 found = __ldcg(statistics + slot_of(begin + lane) * QUERIES);
-                weight = weight_of(found.x, maximum);
-                total = fmaf(found.y, weight, total);
-            }
-            weights[lane] = weight;
-            __syncwarp();
-            const int some = min(32, count - begin);
-#pragma unroll 8
-            for (int n = 0; n < some; n++) {
-                const float* part =
-                    a.partial + (static_cast<long long>(slot_of(begin + n)) * QUERIES + query) * D + lane;
-#pragma unroll
-                for (int i = 0; i < D / 32; i++) sum[i] = fmaf(__ldcg(part + 32 * i), weights[n], sum[i]);
-            }
-        }
-#pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
-        const float factor = a.output_unit / total;
-#pragma unroll
-        for (int i = 0; i < D / 32; i++)
-            out[query * a.output_head_stride + 32 * i + lane] = narrowed(sum[i] * OUTPUT_UNIT * factor);
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) paged_decode(
-    const u16* q, const u8* pages, const u16* full, u16* output, const int* query_start_loc, const int* seq_lens,
-    const int* block_table, const int* full_block_table, float* partial, float* statistics, int* arrived,
-    int requests, int heads, int pieces, int group, int table_stride, int full_table_stride, int q_stride,
-    int q_head_stride, int output_stride, int output_head_stride, int page_stride, int head_stride,
-    int full_stride, int full_head_stride, float score_scale, float cap, float full_unit, float output_unit,
-    int by_512, int by_32, int by_2, int carry) {
-    const Arguments a = {
-        q, pages, full, output, query_start_loc, seq_lens, block_table, full_block_table, partial, statistics,
-        arrived, requests, heads, pieces, group, table_stride, full_table_stride, q_stride, q_head_stride,
-        output_stride, output_head_stride, page_stride, head_stride, full_stride, full_head_stride, score_scale,
-        cap, full_unit, output_unit,
-        {static_cast<u32>(by_512), static_cast<u32>(by_32), static_cast<u32>(by_2), static_cast<u32>(carry)}};
-    extern __shared__ __align__(16) u8 shared[];
-    int& is_last = *reinterpret_cast<int*>(shared + WARPS * SHARED_BYTES);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int per_request = a.heads * a.pieces;
-    u8* mine = shared + warp * SHARED_BYTES;
-
-    // The lengths were there before the kernel in front of this one began; queries and pages may not be.
-    // Units of all requests.
-    const auto units_of = [&](int request) {
-        if (request >= a.requests || a.query_start_loc[request + 1] == a.query_start_loc[request]) return 0;
-        return Ranges(a.seq_lens[request]).units();
-    };
-    long long all = 0;
-    for (int request = lane; request - lane < a.requests; request += 32) all += units_of(request);
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) all += __shfl_xor_sync(~0u, all, mask);
-    all *= per_request;
-    const int blocks = static_cast<int>(min(all, static_cast<long long>(gridDim.x)));
-    if (blockIdx.x >= blocks) return;
-    const auto share_of = [&](int block) { return all * block / blocks; };
-    // The block whose share has a unit.
-    const auto owner_of = [&](long long unit) {
-        int block = static_cast<int>(unit * blocks / all);
-        while (share_of(block + 1) <= unit) block++;
-        return block;
-    };
-    long long at = share_of(blockIdx.x);
-    const long long end = share_of(blockIdx.x + 1);
-
-    // The request that the share begins in, and its first unit in the list.
-    int request = 0, units = 0;
-    long long begin = 0;
-    for (int from = 0;; from += 32) {
-        const int count = units_of(from + lane);
-        long long sum = static_cast<long long>(count) * per_request;
-        const long long own = sum;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const long long below = __shfl_up_sync(~0u, sum, distance);
-            if (lane >= distance) sum += below;
-        }
-        const unsigned past = __ballot_sync(~0u, begin + sum > at);
-        if (past) {
-            const int found = __ffs(past) - 1;
-            request = from + found;
-            units = __shfl_sync(~0u, count, found);
-            begin += __shfl_sync(~0u, sum - own, found);
-            break;
-        }
-        begin += __shfl_sync(~0u, sum, 31);
-    }
-
-    wait_for_results();
-    while (at < end) {
-        while (units == 0 || at >= begin + static_cast<long long>(units) * per_request) {
-            begin += static_cast<long long>(units) * per_request;
-            units = units_of(++request);
-        }
-        const int item = static_cast<int>((at - begin) / units);
-        const int head = item / a.pieces, piece = item % a.pieces;
-        const long long item_begin = begin + static_cast<long long>(item) * units, item_end = item_begin + units;
-        const int first = static_cast<int>(at - item_begin);
-        const int last = static_cast<int>(min(end, item_end) - item_begin);
-        const Ranges r(a.seq_lens[request]);
-        const long long row = a.query_start_loc[request];
-        const int query_head = head * a.group + piece * QUERIES;
-        const u16* queries = a.q + row * a.q_stride + query_head * a.q_head_stride;
-
+    static __device__ __forceinline__ void attend(
+        const Part& part, const Arguments& a, u8* shared, int lane, int warp) {
+        u8* mine = shared + warp * WARP_BYTES;
         State state;
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
@@ -605,20 +414,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) paged_decode(
             for (int m = 0; m < GROUPS; m++) state.output[i][m][0] = state.output[i][m][1] = 0.0f;
         }
         u32 nan = 0;
-        const int sink_units = r.sink_units(), whole = sink_units + r.newest_units();
-        const int* full_table = a.full_block_table + static_cast<long long>(request) * a.full_table_stride;
-        int unit = first + warp;
-        for (; unit < min(last, whole); unit += WARPS) {
-            const bool sink = unit < sink_units;
-            const int low = sink ? r.low : r.newest, high = sink ? r.sink_end : r.length;
-            const int tile = low / 16 + (sink ? unit : unit - sink_units);
-            whole_unit(state, a, full_table, head, queries, tile, low, high, mine, lane);
-        }
+        const int* full_table = part.full_table(a);
+        const int unit = visit_whole(part, warp, [&](int tile, int low, int high) {
+            whole_unit(state, a, full_table, part.head, part.queries, tile, low, high, mine, lane);
+        });
+        const int whole = part.whole_units();
         stored_units(
-            state, nan, a, r, a.block_table + static_cast<long long>(request) * a.table_stride, head, queries,
-            unit - whole, last - whole, lane);
+            state, nan, a, part.ranges, part.table(a), part.head, part.queries, unit - whole, part.last - whole, lane);
 
-        // Of the warps.
         const bool broken = __any_sync(~0u, nan & 0x80808080u);
         float* found = reinterpret_cast<float*>(mine);
         const int g = lane / 4, t = lane % 4;
@@ -641,50 +444,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) paged_decode(
                 }
             }
         }
-        __syncthreads();
-        const bool alone = first == 0 && last == units;
-        const int slot = 2 * blockIdx.x + (at == share_of(blockIdx.x) ? 0 : 1);
-        u16* out = a.output + row * a.output_stride + query_head * a.output_head_stride;
-        for (int i = threadIdx.x; i < QUERIES * D; i += WARPS * 32) {
-            const int query = i / D, channel = i % D;
-            float maximum = -INFINITY, sum = 0.0f, total = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++)
-                maximum = fmaxf(maximum, reinterpret_cast<float*>(shared + w * SHARED_BYTES)[query * FOUND + D]);
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const float* from = reinterpret_cast<float*>(shared + w * SHARED_BYTES) + query * FOUND;
-                const float weight = weight_of(from[D], maximum);
-                sum = fmaf(from[channel], weight, sum);
-                total = fmaf(from[D + 1], weight, total);
-            }
-            if (alone) {
-                out[query * a.output_head_stride + channel] =
-                    narrowed(sum * OUTPUT_UNIT * (a.output_unit / total));
-            } else {
-                a.partial[(static_cast<long long>(slot) * QUERIES + query) * D + channel] = sum;
-                if (channel == 0)
-                    reinterpret_cast<float2*>(a.statistics)[slot * QUERIES + query] = make_float2(maximum, total);
-            }
-        }
-        if (!alone) {
-            const int from = owner_of(item_begin), count = owner_of(item_end - 1) - from + 1;
-            __threadfence();
-            __syncthreads();
-            int* arrived = a.arrived + request * per_request + item;
-            if (threadIdx.x == 0) {
-                is_last = atomicAdd(arrived, 1) == count - 1;
-                if (is_last) *arrived = 0;
-            }
-            __syncthreads();
-            if (is_last) {
-                __threadfence();
-                // Of the first of the blocks this may be the second piece that it left.
-                const int late = share_of(from) < item_begin;
-                merge(a, out, from, count, late, shared, lane, warp);
-            }
-        }
-        __syncthreads();
-        at = min(end, item_end);
     }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) paged_decode(DECODE_PARAMETERS) {
+    const Arguments a = DECODE_ARGUMENTS;
+    decode_work<Narrow>(a);
 }
