@@ -1,4 +1,4 @@
-"""kernels/paged_decode.cu: the reference's attention, of requests that have one query each."""
+"""paged_decode.cu and paged_decode_wide.cu: the reference's attention, of requests that have one query each."""
 
 import re
 
@@ -15,13 +15,22 @@ KV = dict(q=None, p=None, k="fast", v="fast", v_group="tokens", recent=16)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
+@pytest.mark.parametrize("group", [8, 32])
 @pytest.mark.parametrize("dim", cuda_paged_decode.HEAD_SIZES)
-def test_it_compiles_without_a_gpu(dim: int, arch: str) -> None:
+def test_it_compiles_without_a_gpu(dim: int, group: int, arch: str) -> None:
     options = AttentionOptions(**KV)
-    macros, _ = cuda_paged_decode.defines(
-        PageLayout(64, dim, "tokens"), 16, options, 8 if dim < 256 else 4, BF16
-    )
-    assert compile_kernel("paged_decode.cu", "paged_decode", macros, arch)[1:4] == b"ELF"
+    program = cuda_paged_decode.program(PageLayout(64, dim, "tokens"), 16, options, group, BF16)
+    assert compile_kernel(program.source, program.name, program.macros, arch)[1:4] == b"ELF"
+
+
+@pytest.mark.parametrize("group", [*range(1, 33), 48, 64, 71, 128])
+@pytest.mark.parametrize("dim", cuda_paged_decode.HEAD_SIZES)
+def test_programs_share_the_query_heads_and_fit(dim: int, group: int) -> None:
+    options = AttentionOptions(**KV)
+    program = cuda_paged_decode.program(PageLayout(64, dim, "tokens"), 16, options, group, BF16)
+    assert (program.pieces - 1) * program.queries < group <= program.pieces * program.queries
+    assert (program.name == "paged_decode_wide") == (group > 8)
+    assert program.shared_bytes <= 99 * 1024  # of a block, on the least of GPUs
 
 
 @pytest.mark.parametrize(
@@ -46,9 +55,13 @@ def test_which_kernel_attends(capability, changes, queries, expected, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "group, dim, expected", [(4, 128, 4), (3, 64, 3), (12, 128, 6), (32, 64, 8), (7, 256, 1)]
+    "group, dim, expected",
+    [
+        *((4, 128, 4), (3, 64, 3), (7, 256, 1), (8, 128, 8), (8, 256, 4)),
+        *((9, 64, 9), (12, 128, 12), (32, 96, 32), (33, 128, 17), (71, 64, 24), (16, 256, 16), (20, 256, 10)),
+    ],
 )
-def test_query_heads_of_a_program_divide_the_group(group: int, dim: int, expected: int) -> None:
+def test_query_heads_of_a_program(group: int, dim: int, expected: int) -> None:
     assert cuda_paged_decode.queries_of(group, dim) == expected
 
 
@@ -60,6 +73,16 @@ SIZES = {
     "128, group of 4": dict(dim=128, group=4, heads=2, block_size=64),
     "128, group of 8": dict(dim=128, group=8, heads=1, block_size=128),
     "128, group of 5, fp16": dict(dim=128, group=5, heads=1, block_size=64, dtype=FP16),
+    "64, group of 71": dict(dim=64, group=71, heads=1, block_size=32),
+    "64, group of 32": dict(dim=64, group=32, heads=2, block_size=16),
+    "96, group of 24": dict(dim=96, group=24, heads=2, block_size=32),
+    "128, group of 12": dict(dim=128, group=12, heads=2, block_size=64),
+    "128, group of 16": dict(dim=128, group=16, heads=2, block_size=128),
+    "128, group of 32": dict(dim=128, group=32, heads=1, block_size=64),
+    "128, group of 20, fp16": dict(dim=128, group=20, heads=1, block_size=16, dtype=FP16),
+    "256, group of 12": dict(dim=256, group=12, heads=1, block_size=48),
+    "256, group of 32": dict(dim=256, group=32, heads=1, block_size=64),
+    "256, group of 16, fp16": dict(dim=256, group=16, heads=2, block_size=16, dtype=FP16),
     "256, group of 8": dict(dim=256, group=8, heads=1, block_size=64),
     "256, group of 2, fp16": dict(dim=256, group=2, heads=2, block_size=16, dtype=FP16),
 }
@@ -93,20 +116,22 @@ def test_sizes(size: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", [4, 16, 32])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options(options: str) -> None:
+def test_options(options: str, group: int) -> None:
     options = AttentionOptions(**(KV | OPTIONS[options]))
-    batch = build([(n, 1) for n in LENGTHS], options, dim=128, group=4, heads=1, block_size=64)
+    batch = build([(n, 1) for n in LENGTHS], options, dim=128, group=group, heads=1, block_size=64)
     check_output(run(batch), batch)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", [4, 12])
 @pytest.mark.parametrize(
     "lengths", [[5], [40_000], [1] * 300, list(range(1, 600, 7))], ids=["5", "40k", "300", "many"]
 )
-def test_batches(lengths: list[int]) -> None:
+def test_batches(lengths: list[int], group: int) -> None:
     batch = build(
-        [(n - 1, 1) for n in lengths], AttentionOptions(**KV), dim=64, group=4, heads=2, block_size=32
+        [(n - 1, 1) for n in lengths], AttentionOptions(**KV), dim=64, group=group, heads=2, block_size=32
     )
     first = run(batch)
     check_output(first, batch)
@@ -114,7 +139,8 @@ def test_batches(lengths: list[int]) -> None:
 
 
 @pytest.mark.gpu
-def test_nan_reaches_those_that_see_it() -> None:
+@pytest.mark.parametrize("group", [2, 12])
+def test_nan_reaches_those_that_see_it(group: int) -> None:
     """A NaN in a stored key or value of the first request, one in a value of the second's newest token."""
     lengths = [200, 100, 70, 90]
     starts = [0, 200, 300, 370]
@@ -125,6 +151,7 @@ def test_nan_reaches_those_that_see_it() -> None:
             nan_keys=keys,
             nan_values=values,
             block_size=64,
+            group=group,
         )
         output = run(batch).isnan().any(-1).any(-1).cpu()
         hit = [any(s <= t < s + n for t in keys + values) for s, n in zip(starts, lengths, strict=True)]
@@ -132,9 +159,10 @@ def test_nan_reaches_those_that_see_it() -> None:
 
 
 @pytest.mark.gpu
-def test_capture_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("group", [2, 12])
+def test_capture_in_a_cuda_graph(group: int) -> None:
     options = AttentionOptions(**KV)
-    batches = [build([(n, 1) for n in some], options, dim=128, block_size=64, seed=i)
+    batches = [build([(n, 1) for n in some], options, dim=128, group=group, block_size=64, seed=i)
                for i, some in enumerate(([900, 3, 64], [900, 3, 64]))]  # fmt: skip
     tensors = [(b.q.cuda(), like(b.needed_pages, "cuda"), like(b.needed_full, "cuda")) for b in batches]
     steps = [on_device(b.needed_step) for b in batches]

@@ -66,10 +66,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool whol
                  :: "r"(shared_address(to)), "l"(from), "r"(whole ? 16 : 0) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
 // --- quantization ------------------------------------------------------------------------------------
 
 // a * b + c, between 0 and 1.
@@ -195,12 +191,6 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Four 8x8 matrices of 16-bit numbers from shared memory: lane l has the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
 }
 
 // Two fp16 numbers as two bf16 ones and what those leave.

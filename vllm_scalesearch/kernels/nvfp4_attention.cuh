@@ -1,6 +1,8 @@
 // What attention kernels need of NVFP4 and 16-bit numbers. HALF: 16-bit numbers are fp16, not bf16.
 #pragma once
 
+#include "packed_halves.cuh"
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -103,11 +105,41 @@ __device__ __forceinline__ u32 halves_of_e2m1(u32 codes, const Opaque& opaque) {
     }
 }
 
+// The same of bytes BYTE and BYTE + 2 of a word whose high nibbles are zeros; what the other bytes leave is masked.
+template <int BYTE>
+__device__ __forceinline__ u32 halves_of_low_nibbles(u32 nibbles, const Opaque& opaque) {
+    return (nibbles * (BYTE ? opaque.by_2 : opaque.by_512) + opaque.carry) & 0x8E008E00u;
+}
+
 // Byte `index` of a word, a positive E4M3 number: 2^-120 of it. NaN becomes 480.
 __device__ __forceinline__ float e4m3_bits(u32 word, int index) {
     const int left = 20 - 8 * index;
     return __uint_as_float((left >= 0 ? word << (left & 31) : word >> (-left & 31)) & 0x07F00000u);
 }
+
+// The two E4M3 numbers of a word's low or HIGH half, positive or NaN, as fp16.
+#if __CUDA_ARCH__ >= 890
+constexpr bool E4M3_NAN_IS_NAN = true;
+
+template <int HIGH>
+__device__ __forceinline__ u32 halves_of_e4m3(u32 word) {
+    u32 pair;
+    if (HIGH)
+        asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high;}" : "=r"(pair) : "r"(word));
+    else
+        asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}" : "=r"(pair) : "r"(word));
+    return pair;
+}
+#else
+constexpr bool E4M3_NAN_IS_NAN = false;  // but 480
+
+template <int HIGH>
+__device__ __forceinline__ u32 halves_of_e4m3(u32 word) {
+    // Their bits in the place of fp16's are 2^-8 of them.
+    const u32 bytes = __byte_perm(word, 0, HIGH ? 0x4342 : 0x4140);
+    return mul_half2((bytes & 0x007F007Fu) << 7, 0x5C005C00u);
+}
+#endif
 
 // Two numbers as fp16, the first in the low half.
 __device__ __forceinline__ u32 as_halves(float low, float high) {
@@ -140,9 +172,24 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8x8 matrices of 16-bit numbers from shared memory, transposed: lane l has the address of row l % 8 of
-// matrix l / 8.
+// Four 8x8 matrices of 16-bit numbers from shared memory: lane l has the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}
+
+// The same transposed.
 __device__ __forceinline__ void load_transposed(u32 (&x)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}
+
+// 16 bytes to shared memory, in the background.
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Until what this thread copies is there.
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -1,4 +1,4 @@
-"""Decoding attention over the paged cache in CUDA C++: kernels/paged_decode.cu.
+"""Decoding attention over the paged cache in CUDA C++: kernels/paged_decode.cu and paged_decode_wide.cu.
 
 One query token a request, K and V stored and nothing else quantized, V's blocks along tokens. The Triton kernel
 (triton_paged_attention.py) does everything else. Nothing here waits for the device, and all of it can be
@@ -6,6 +6,7 @@ captured in a CUDA graph after a first call, which compiles.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
 HEAD_SIZES = (64, 96, 128, 256)
 _WARPS = 4
+# Query heads of a KV head up to which paged_decode.cu takes them.
+_NARROW = 8
 # Heads of requests that one stream's blocks can count the arrivals of.
 _ITEMS = 1 << 16
-# Sums are kept in units of V's tensor scale times 2^-119, which must leave room on both sides.
+# Sums are kept in units of V's tensor scale, times 2^-119 or 2^-14, which must leave room on both sides.
 _LEAST_V_SCALE, _LARGEST_V_SCALE = 2.0**-60, 2.0**4
 
 
@@ -40,25 +43,72 @@ def unsupported(layout: PageLayout, options: AttentionOptions, device: torch.dev
     return None
 
 
+@dataclass(frozen=True)
+class Program:
+    """A compiled kernel's source and macros, and what a launch has to know of it.
+
+    pieces: programs that share a KV head's query heads, `queries` each, the last one maybe fewer.
+    blocks: of a multiprocessor. full_unit: of sums, what 16-bit values are in, v_scale apart.
+    """
+
+    name: str
+    macros: tuple[str, ...]
+    queries: int
+    pieces: int
+    blocks: int
+    shared_bytes: int
+    full_unit: float
+
+    @property
+    def source(self) -> str:
+        return f"{self.name}.cu"
+
+
 def queries_of(group: int, head_size: int) -> int:
-    """How many of a KV head's `group` query heads a program takes: the most that fit and divide them."""
+    """How many of a KV head's `group` query heads a program takes.
+
+    Of up to 8, the most that fit and divide them. Of more, as few programs as there can be take equal shares.
+    """
+    if group > _NARROW:
+        return -(-group // -(-group // _most_wide(head_size)))
     most = 4 if head_size > 128 else 8
     return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
 
 
-def defines(
+def _most_wide(head_size: int) -> int:
+    """Query heads whose sums fit into a warp's registers."""
+    return 16 if head_size > 128 else 32
+
+
+def program(
     layout: PageLayout, full_page: int, options: AttentionOptions, group: int, dtype: torch.dtype
-) -> tuple[tuple[str, ...], int]:
-    """Macros of the kernel, and how many of its blocks a multiprocessor holds."""
-    queries = queries_of(group, layout.head_size)
-    tiles = 1 if queries <= 4 else 2
-    blocks = 2 if layout.head_size > 128 else 4 if tiles == 1 else 3
-    return (
-        f"D={layout.head_size}", f"QUERIES={queries}", f"TILES={tiles}", f"PAGE={layout.block_size}",
+) -> Program:
+    """The kernel for a KV head of `group` query heads, and full-precision pages of `full_page` tokens."""
+    dim = layout.head_size
+    queries = queries_of(group, dim)
+    found = queries * (dim + 2) * 4  # of each query, for each warp
+    if group > _NARROW:
+        tiles = -(-queries // 16)
+        sums = tiles * dim  # twice the registers that a lane has them in
+        blocks = 4 if sums <= 64 else 3 if sums <= 128 else 2
+        # Two units of packed tokens, or 16 tokens in 16 bits; for the block, queries and their factors.
+        warp = max(2 * 36 * dim, 16 * (4 * dim + 16), found)
+        block = tiles * 16 * (2 * dim + 16 + 4)
+        name, full_unit = "paged_decode_wide", 2.0**-14
+    else:
+        tiles = 1 if queries <= 4 else 2
+        blocks = 2 if dim > 128 else 4 if tiles == 1 else 3
+        warp = max(16 * (2 * dim + 16), found)  # a tile of 16-bit values
+        block = 0
+        name, full_unit = "paged_decode", 2.0**-119
+    macros = (
+        f"D={dim}", f"QUERIES={queries}", f"TILES={tiles}", f"PAGE={layout.block_size}",
         f"FULL_PAGE={full_page}", f"SINK={options.sink}", f"RECENT={options.recent}",
         f"WINDOW={options.sliding_window or 0}", f"SOFT_CAP={int(options.logits_soft_cap is not None)}",
         f"HALF={int(dtype == torch.float16)}", f"BLOCKS={blocks}",
-    ), blocks  # fmt: skip
+    )  # fmt: skip
+    shared = _WARPS * (-(-warp // 16) * 16) + 16 + block  # 16: whether the block is the last one
+    return Program(name, macros, queries, -(-group // queries), blocks, shared, full_unit)
 
 
 def decode(
@@ -94,37 +144,30 @@ def decode(
         )
     if not requests:
         return
-    macros, blocks = defines(layout, full.shape[2], options, group, q.dtype)
-    queries = queries_of(group, dim)
-    if requests * heads * group // queries > _ITEMS:
+    found = program(layout, full.shape[2], options, group, q.dtype)
+    if requests * heads * found.pieces > _ITEMS:
         raise ValueError(f"paged decode: {requests} requests of {heads} heads are more than {_ITEMS} in all")
-    run = _kernel(macros, q.device)
-    grid = _multiprocessors(q.device) * blocks
-    partial = torch.empty(2 * grid * queries * (dim + 2), dtype=torch.float32, device=q.device)
-    statistics = partial[2 * grid * queries * dim :]
+    run = _kernel(found.name, found.macros, q.device)
+    grid = _multiprocessors(q.device) * found.blocks
+    partial = torch.empty(2 * grid * found.queries * (dim + 2), dtype=torch.float32, device=q.device)
+    statistics = partial[2 * grid * found.queries * dim :]
     score_scale, cap = options.exp2_scales(dim)
     v_scale = float(options.v_scale)
     run(
-        (grid, 1, 1), 32 * _WARPS, _shared_bytes(dim, queries),
+        (grid, 1, 1), 32 * _WARPS, found.shared_bytes,
         q, pages, full, output, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
         partial, statistics, _arrived(q.device),
-        requests, heads, group // queries, group, step.block_table.stride(0), step.full_block_table.stride(0),
+        requests, heads, found.pieces, group, step.block_table.stride(0), step.full_block_table.stride(0),
         q.stride(0), q.stride(1), output.stride(0), output.stride(1), pages.stride(0), pages.stride(1),
-        full.stride(0), full.stride(1), score_scale, cap, 2.0**-119 / v_scale, v_scale,
+        full.stride(0), full.stride(1), score_scale, cap, found.full_unit / v_scale, v_scale,
         512, 32, 2, 0x70007000,
         early=torch.cuda.get_device_capability(q.device)[0] >= 9,
     )  # fmt: skip
 
 
-def _shared_bytes(dim: int, queries: int) -> int:
-    """Of a block: a tile of 16-bit values, or what is found of each query, for each warp; and a flag."""
-    warp = max(16 * (2 * dim + 16), -(-queries * (dim + 2) * 4 // 16) * 16)
-    return _WARPS * warp + 16
-
-
 @functools.cache
-def _kernel(macros: tuple[str, ...], device: torch.device) -> Kernel:
-    return kernel("paged_decode.cu", "paged_decode", macros, device)
+def _kernel(name: str, macros: tuple[str, ...], device: torch.device) -> Kernel:
+    return kernel(f"{name}.cu", name, macros, device)
 
 
 @functools.cache
@@ -139,7 +182,8 @@ def _arrived(device: torch.device) -> torch.Tensor:
     """Zeros, which a launch leaves as zeros; launches of one stream follow each other and share them."""
     key = device, torch.cuda.current_stream(device).cuda_stream
     if key not in _counters:
-        zeros = torch.zeros(_ITEMS, dtype=torch.int32, device=device)
+        # Two more for each block, at most 4 of a multiprocessor, where parts are merged in two steps.
+        zeros = torch.zeros(_ITEMS + 8 * _multiprocessors(device), dtype=torch.int32, device=device)
         if torch.cuda.is_current_stream_capturing():
             return zeros  # lives and is set in the graph
         _counters[key] = zeros
