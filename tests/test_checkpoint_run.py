@@ -433,10 +433,11 @@ import transformers
 from transformers import LlamaForCausalLM
 from vllm_scalesearch.checkpoint.run import QuantizeOptions, Run
 from vllm_scalesearch.checkpoint.matrices import Recipe
-from vllm_scalesearch.search import quantize
 
-model, out, extra = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-quantize(torch.randn(64, 64))
+small, model, out, extra = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+options = QuantizeOptions(Recipe("absmax"))
+# What libraries take when they are first used, and keep, is there before anything is limited.
+Run(small, out.with_name("small"), options, None, torch.device("cpu")).run()
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + extra,) * 2)
 try:
@@ -444,17 +445,18 @@ try:
     sys.exit("the whole model fits, so this shows nothing")
 except RuntimeError:
     pass
-Run(model, out, QuantizeOptions(Recipe("absmax")), None, torch.device("cpu")).run()
+Run(model, out, options, None, torch.device("cpu")).run()
 """
 
 
 def test_model_larger_than_memory(tiny, tmp_path):
-    model = tiny("Llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=30, head_dim=64)
+    config = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+    small, model = (tiny("Llama", num_hidden_layers=layers, **config) for layers in (1, 30))
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     extra = 44 << 20
     assert size > 1.2 * extra
     done = subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(model), str(tmp_path / "out"), str(extra)],
+        [sys.executable, "-c", _LIMITED, *map(str, (small, model, tmp_path / "out", extra))],
         capture_output=True,
         text=True,
     )
