@@ -106,10 +106,15 @@ class SinkWindowManager(SlidingWindowManager):
         *arguments: Any,
         **named: Any,
     ) -> int:
+        if not new_computed_blocks and request_id in self.req_to_blocks:
+            # Every decoding step asks this of every request, and most have the block that they write to.
+            needed = -(-num_tokens // self.block_size) - len(self.req_to_blocks[request_id])
+            if needed <= 0:
+                return 0
         count = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *arguments, **named
         )
-        if request_id in self.num_cached_block:
+        if request_id in self.num_cached_block or not new_computed_blocks:
             return count
         # A hit takes the sink's blocks out of the free queue as well.
         return count + self._get_num_evictable_blocks(
@@ -136,7 +141,11 @@ class SinkWindowManager(SlidingWindowManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        self._remove_blocks_in_range(request_id, self.sink_blocks, skipped)
+        blocks = self.req_to_blocks.get(request_id, ())
+        last = min(skipped, len(blocks))
+        # Blocks are let go in order, so where the last one is gone all are: as in most steps.
+        if last > self.sink_blocks and not blocks[last - 1].is_null:
+            self._remove_blocks_in_range(request_id, self.sink_blocks, last)
 
     def _skipped_sink_blocks(self, computed_tokens: int) -> int:
         """How many of the sink's blocks lie before the window of the next token."""
