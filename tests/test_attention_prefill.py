@@ -15,6 +15,7 @@ from vllm_scalesearch.attention_prefill import plan
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import cuda_prompt_attention, paged_attention, triton_kv_gather
+from vllm_scalesearch.ops.triton_paged_attention import attention_constants
 
 
 def test_groups_hold_what_the_budget_allows() -> None:
@@ -106,7 +107,19 @@ def test_warm_up_runs_every_kind_of_step(monkeypatch) -> None:
         PageLayout(64, 64, "tokens"), 4, 2, None, None, options, torch.bfloat16, True, attended,
         torch.device("cpu"),
     )  # fmt: skip
-    assert seen == [("packed", 1), ("packed", 4), ("tiles", 33, 545), ("tiles", 60, 572)]
+    packed = [("packed", queries) for queries in (1, 1, 4, 4)]
+    assert seen == [*packed, *(("tiles", n, context + n) for n in (33, 60) for context in (512, 0))]
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16, 71])
+def test_warm_up_compiles_for_any_number_of_queries(dim: int, group: int) -> None:
+    def rows(queries: int) -> int:
+        layout, options = PageLayout(64, dim, "tokens"), AttentionOptions(k="absmax", v="absmax")
+        return attention_constants(layout, 16, options, group, queries, (9, 0))[0]["ROWS"]
+
+    warm = {rows(queries) for queries in attention_warmup._QUERIES}
+    assert {rows(queries) for queries in range(1, 8193)} == warm and len(warm) <= 3
 
 
 @pytest.mark.vllm

@@ -507,7 +507,7 @@ class _Recorder:
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
-            self.launches.append(constants["SEGMENTS"])
+            self.launches.append(arguments[6])
             return self.kernel[grid](*arguments, **constants)
 
         return launch
@@ -646,7 +646,7 @@ def test_attention_compiles_without_a_gpu(operands, v_group, max_query_len, arch
 
 @COMPILES
 def test_merging_compiles_without_a_gpu() -> None:
-    assert compiled(triton_paged_attention._merge_kernel, dict(D=96, WIDE=128, SEGMENTS=16), 80).asm["cubin"]
+    assert compiled(triton_paged_attention._merge_kernel, dict(D=96, WIDE=128, MOST=64), 80).asm["cubin"]
 
 
 @COMPILES

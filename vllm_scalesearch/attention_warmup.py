@@ -4,6 +4,7 @@ They are compiled, or read from the cache, when they first run. That takes secon
 nothing to do with it, so each variant that a layer may need is run once while the model is loaded.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -16,10 +17,10 @@ from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import paged_attention
 from vllm_scalesearch.ops.paged_attention import Step
 
-# Tokens before the step, of one request: some are stored.
-_CONTEXT = 512
+# Tokens before the step, of one request: some are stored, and keys are shared out to several programs; or none.
+_CONTEXTS = (512, 0)
 # Queries of a step: one, as drafts and short prompts have, a short chunk, and enough to fill any GPU.
-_QUERIES = (1, 4, LEAST_QUERIES, 8192)
+_QUERIES = (1, 2, 4, 16, LEAST_QUERIES - 1, LEAST_QUERIES, 8192)
 
 
 def warm_up(
@@ -38,9 +39,9 @@ def warm_up(
 
     heads: query heads. dense: chunks go to `attention_prefill.attend`, which the arguments are for.
     """
-    for queries in _QUERIES:
-        length, size = _CONTEXT + queries, layout.block_size // RATIO
-        positions = torch.arange(_CONTEXT, length, device=device)
+    for queries, context in itertools.product(_QUERIES, _CONTEXTS):
+        length, size = context + queries, layout.block_size // RATIO
+        positions = torch.arange(context, length, device=device)
         pages, full = -(-length // layout.block_size), -(-length // size)
         packed = torch.zeros(
             pages, kv_heads, layout.block_size, layout.bytes_per_token, dtype=torch.uint8, device=device

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 _TILE = 32
 
 
-@triton.jit(do_not_specialize=["requests", "table_stride", "full_table_stride"])
+@triton.jit(
+    do_not_specialize=["requests", "table_stride", "full_table_stride"],
+    # Those of some requests of a step begin anywhere.
+    do_not_specialize_on_alignment=[
+        "k_start_loc_ptr", "query_start_loc_ptr", "block_table_ptr", "full_block_table_ptr",
+    ],
+)  # fmt: skip
 def _gather_kernel(
     pages_ptr, full_ptr, k_ptr, v_ptr, k_start_loc_ptr, query_start_loc_ptr, block_table_ptr,
     full_block_table_ptr, requests, table_stride, full_table_stride, unit,

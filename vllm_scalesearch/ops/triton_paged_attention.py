@@ -321,7 +321,13 @@ def _boundary(position, context, RECENT: tl.constexpr, ROUNDED: tl.constexpr, OW
 # --- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["requests", "table_stride", "full_table_stride"])
+@triton.jit(
+    do_not_specialize=["requests", "table_stride", "full_table_stride"],
+    # Those of some requests of a step begin anywhere.
+    do_not_specialize_on_alignment=[
+        "query_start_loc_ptr", "seq_lens_ptr", "block_table_ptr", "full_block_table_ptr",
+    ],
+)  # fmt: skip
 def _attention_kernel(
     q_ptr, q_stored_ptr, pages_ptr, full_ptr, output_ptr, partial_ptr, maximum_ptr, total_ptr,
     query_start_loc_ptr, seq_lens_ptr, block_table_ptr, full_block_table_ptr,
@@ -474,19 +480,23 @@ def _attention_kernel(
         tl.store(output_ptr + out[:, None] + column[None, :], _narrow(output, DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["requests"])
+@triton.jit(do_not_specialize=["requests", "segments"], do_not_specialize_on_alignment=["query_start_loc_ptr"])
 def _merge_kernel(
-    partial_ptr, maximum_ptr, total_ptr, output_ptr, query_start_loc_ptr, requests, unit,
+    partial_ptr, maximum_ptr, total_ptr, output_ptr, query_start_loc_ptr, requests, segments, unit,
     output_stride, output_head_stride,
-    D: tl.constexpr, WIDE: tl.constexpr, SEGMENTS: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, query head) merges what the segments' programs found."""
+    """Program (token, query head) merges what the segments' programs found.
+
+    MOST: a power of two, at least `segments`.
+    """
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(query_start_loc_ptr + requests):
         return
     head = tl.program_id(1)
-    at = (token * tl.num_programs(1) + head) * SEGMENTS + tl.arange(0, SEGMENTS)
-    maximum = tl.load(maximum_ptr + at)
+    segment = tl.arange(0, MOST)
+    at = (token * tl.num_programs(1) + head) * segments + segment
+    maximum = tl.load(maximum_ptr + at, mask=segment < segments, other=float("-inf"))
     some = maximum != float("-inf")
     weight = tl.exp2(maximum - tl.max(maximum, 0))
     total = tl.sum(tl.load(total_ptr + at, mask=some, other=0.0) * weight, 0)
@@ -562,9 +572,9 @@ def attention(
     )  # fmt: skip
     if segments > 1:
         _merge_kernel[(tokens, query_heads)](
-            partial, maximum, total, output, step.query_start_loc, requests, unit,
+            partial, maximum, total, output, step.query_start_loc, requests, segments, unit,
             output.stride(0), output.stride(1),
-            D=dim, WIDE=constants["WIDE"], SEGMENTS=segments, num_warps=4,
+            D=dim, WIDE=constants["WIDE"], MOST=_MAX_SEGMENTS, num_warps=4,
         )  # fmt: skip
 
 
@@ -586,8 +596,9 @@ def attention_constants(
     # Hopper and data-center Blackwell have room for larger blocks: operands come from shared memory.
     large = capability[0] in (9, 10)
     most = 8192 // max(wide, 128) * (2 if large else 1)
-    rows = min(triton.next_power_of_2(group * max_query_len), most)
-    rows = max(rows, triton.next_power_of_2(group), BLOCK)
+    # Few variants, so that all can be compiled before a request comes (attention_warmup.py).
+    rows = next((n for n in (BLOCK, 4 * BLOCK) if n >= group * max_query_len), most)
+    rows = max(min(rows, most), triton.next_power_of_2(group))
     constants = dict(
         GROUP=group,
         D=layout.head_size,
