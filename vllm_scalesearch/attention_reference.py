@@ -159,8 +159,10 @@ class AttentionOptions:
     def boundary(self, positions: torch.Tensor) -> torch.Tensor:
         """First token that is in full precision for being new, for queries at `positions` (int64), which
         ascend and are computed together."""
-        if self.own_chunk:
-            positions = positions[:1].expand(len(positions))
+        return self.boundary_alone(positions[:1].expand(len(positions)) if self.own_chunk else positions)
+
+    def boundary_alone(self, positions: torch.Tensor) -> torch.Tensor:
+        """The same for queries that are each the first one of their chunk."""
         boundary = (positions + 1 - self.recent).clamp(min=0)
         if self.v_group == "tokens" and self.incomplete:
             boundary = boundary // BLOCK * BLOCK

@@ -33,7 +33,14 @@ from dataclasses import dataclass
 import torch
 
 from vllm_scalesearch.attention_reference import BLOCK, V_GROUPS
-from vllm_scalesearch.formats import NVFP4, QuantizedTensor, pack_e2m1, unpack_e2m1
+from vllm_scalesearch.formats import (
+    NVFP4,
+    QuantizedTensor,
+    decode_e4m3,
+    decode_packed,
+    pack_e2m1,
+    unpack_e2m1,
+)
 from vllm_scalesearch.search import ScalePolicy, quantize
 
 # What a row of 16 values takes, of 16: 8 bytes of codes and one of scale.
@@ -252,6 +259,28 @@ def read(
     v_scales = v_scales[..., v_scale_order(layout.head_size).argsort()]
     v = _values(v_codes, v_scales.unsqueeze(-1), v_scale)  # (Hkv, blocks, tiles, D, 16)
     return k, v.transpose(-1, -2).flatten(1, 3)
+
+
+def read_apart(
+    pages: torch.Tensor, layout: PageLayout, tables: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is stored of several requests, V along head_dim: elements and scales of K, then of V.
+
+    tables: (R, W) int64, pages of each. tokens: how many of each to read. Elements: (R, Hkv, tokens, D) fp32,
+    channels in the order of `k_order`; block scales: (R, Hkv, tokens, D / 16) fp32, tensor scales apart.
+    """
+    parts = layout.parts(pages.index_select(0, tables.flatten()))
+
+    def by_request(part: torch.Tensor) -> torch.Tensor:
+        return part.unflatten(0, tables.shape).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+
+    k, k_scales, v, v_scales = map(by_request, parts)
+    return (
+        decode_packed(k, torch.float32),
+        decode_e4m3(k_scales),
+        decode_packed(v, torch.float32),
+        decode_e4m3(v_scales),
+    )
 
 
 def _values(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from vllm_scalesearch import kv_pages
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions, Operands, attend
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.ops import cpu_decode
 from vllm_scalesearch.ops.quantize import quantize_weight
 
 
@@ -135,7 +136,7 @@ def attention(
         # One decoding step of many requests: the same arithmetic, once for all of them.
         requests = torch.tensor(single)
         rows = step.query_start_loc[requests].long()
-        output[rows] = _decode(q[rows], pages, full, layout, step, requests, options).to(output.dtype)
+        output[rows] = cpu_decode.decode(q[rows], pages, full, layout, step, requests, options).to(output.dtype)
         counts = [0 if count == 1 else count for count in counts]
     for request, length in enumerate(lengths):
         if not counts[request]:
@@ -202,47 +203,6 @@ def _attention_on_cuda(
         cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
     else:
         triton_paged_attention.attention(q, q_stored, pages, full, layout, step, options, output)
-
-
-def _decode(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    full: torch.Tensor,
-    layout: PageLayout,
-    step: Step,
-    requests: torch.Tensor,
-    options: AttentionOptions,
-) -> torch.Tensor:
-    """Attention of one query of each of `requests` (R,), in which neither Q nor P is quantized.
-
-    q: (R, Hq, D), transformed. Returns (R, Hq, D) fp32.
-    """
-    dim, heads = layout.head_size, pages.shape[1]
-    lengths = step.seq_lens[requests].long().unsqueeze(1)
-    longest = int(lengths.max())
-    tables = step.block_table[requests, : -(-longest // layout.block_size)].long()
-    keys, values = (
-        x.unflatten(1, (len(requests), -1)).transpose(0, 1)[:, :, :longest]
-        for x in kv_pages.read(pages, layout, tables.flatten(), options.v_scale)
-    )  # (R, Hkv, T, D)
-    tokens = torch.arange(longest)
-    visible = tokens < lengths
-    if options.sliding_window is not None:
-        visible &= tokens >= lengths - options.sliding_window
-    boundary = torch.cat([options.boundary(length - 1) for length in lengths]).unsqueeze(1)
-    whole = visible & ((tokens < options.sink) | (tokens >= boundary))
-    request, token = whole.nonzero(as_tuple=True)
-    blocks = step.full_block_table[requests[request], token // full.shape[2]].long()
-    kept = full[blocks, :, token % full.shape[2]].float()
-    keys[request, :, token], values[request, :, token] = kept[..., :dim], kept[..., dim:]
-    # What nobody sees may hold anything, NaN too.
-    values = values.masked_fill_(~visible[:, None, :, None], 0)
-    scores = q.float().unflatten(1, (heads, -1)) @ keys.mT
-    scores *= dim**-0.5 if options.softmax_scale is None else options.softmax_scale
-    if options.logits_soft_cap is not None:
-        scores = options.logits_soft_cap * torch.tanh(scores / options.logits_soft_cap)
-    scores = scores.masked_fill_(~visible[:, None, None], -torch.inf)
-    return (scores.softmax(-1) @ values).flatten(1, 2)
 
 
 def _operands(
