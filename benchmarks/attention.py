@@ -20,7 +20,7 @@ from vllm_scalesearch import attention_prefill
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import cuda_kv_write, cuda_paged_decode, paged_attention, triton_paged_attention
-from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 
 SHAPES = ("1x32768", "8x8192", "32x2048", "32x8192", "32x32768", "128x2048", "4x131072")
 CHUNKS = ((30720, 2048), (0, 8192), (24576, 8192), (0, 16384))  # tokens before a chunk, and of it

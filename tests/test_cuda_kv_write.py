@@ -23,7 +23,7 @@ from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import cuda_kv_write
-from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions, fake_quantized
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import paged_attention, triton_kv_write, triton_paged_attention, triton_quantize
-from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.transforms import head_transform
 
 INTERPRETED = triton_quantize._INTERPRETED

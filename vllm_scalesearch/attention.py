@@ -21,7 +21,7 @@ from vllm_scalesearch.kv_cache import RATIO, FullPrecisionLayer, SinkWindowSpec,
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.model_reductions import ModelReductions
 from vllm_scalesearch.ops import cuda_paged_decode, cuda_prompt_attention, paged_attention
-from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.options import ATTENTION_BACKEND, QUANT_METHOD
 from vllm_scalesearch.transforms import MagnitudeReduction, head_transform
 from vllm_scalesearch.vllm_api import (
@@ -61,7 +61,7 @@ _warm: set[tuple] = set()
 
 @dataclass
 class Metadata:
-    """Of one KV group in one step: see `paged_attention.Step`."""
+    """Of one KV group in one step: see `step.Step`."""
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor

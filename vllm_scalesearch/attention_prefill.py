@@ -14,7 +14,7 @@ import torch
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import paged_attention
-from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 
 # From so many queries of a request on, gathering its context is worth it; below, it is read packed.
 LEAST_QUERIES = 33

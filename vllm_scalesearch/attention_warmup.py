@@ -15,7 +15,7 @@ from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_cache import RATIO
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import paged_attention
-from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 
 # Tokens before the step, of one request: some are stored, and keys are shared out to several programs; or none.
 _CONTEXTS = (512, 0)

@@ -7,16 +7,12 @@ are multiplied by its scale; P is multiplied by V's scales, for each block apart
 in 16 bits are other columns of the same softmax.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from vllm_scalesearch import kv_pages
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 
 
 def decode(
@@ -24,7 +20,7 @@ def decode(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     requests: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:

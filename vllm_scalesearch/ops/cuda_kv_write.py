@@ -7,7 +7,6 @@ be captured in a CUDA graph after a first call, which compiles and splits the ma
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,11 +16,9 @@ from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES, table_bytes
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_cache, check_tokens
 from vllm_scalesearch.search import ScalePolicy
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
 
 _PARTS = 3
 
@@ -135,7 +132,7 @@ def write(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     k: torch.Tensor,
     v: torch.Tensor,
     k_matrix: torch.Tensor | None,

@@ -7,16 +7,13 @@ captured in a CUDA graph after a first call, which compiles.
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.kv_pages import PageLayout
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
+from vllm_scalesearch.ops.step import Step
 
 HEAD_SIZES = (64, 96, 128, 256)
 _WARPS = 4
@@ -120,7 +117,7 @@ def decode(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     options: AttentionOptions,
     output: torch.Tensor,
 ) -> None:

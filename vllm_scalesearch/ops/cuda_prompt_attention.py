@@ -7,7 +7,6 @@ stored and once in full precision, in tiles as the tensor cores take them. The T
 """
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +14,8 @@ from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.search import ScalePolicy
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
 
 HEAD_SIZES = (64, 128)
 TILE = 128
@@ -74,7 +71,7 @@ def attend(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     options: AttentionOptions,
     output: torch.Tensor,
     k_start_loc: torch.Tensor,

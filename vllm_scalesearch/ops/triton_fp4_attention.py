@@ -19,8 +19,6 @@ one function exchanged, as in fp4_product.py: it decodes codes and scales to fp1
 was run in Triton's interpreter only; nothing here has been timed.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +26,7 @@ import triton.language as tl
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.fp4_product import FP4_CAPABILITIES, _decode
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.ops.triton_kv_write import (
     _as_blocks,
     _as_rows,
@@ -58,9 +57,6 @@ from vllm_scalesearch.ops.triton_quantize import (
     _widen,
     _winners,
 )
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
 
 # Values that one MMA sums over: head_dim is filled up to it, and a tile of tokens has as many at least.
 _MMA_DEPTH = 64
@@ -384,7 +380,7 @@ def attention(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     options: AttentionOptions,
     output: torch.Tensor,
 ) -> None:

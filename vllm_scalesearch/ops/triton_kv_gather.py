@@ -9,14 +9,13 @@ A program has a tile of one request's tokens, of one KV head. It takes them from
 Grids follow from shapes alone and nothing waits for the device, so all of it can be captured in a CUDA graph.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.ops.triton_kv_write import _request_of_block, check_cache, page_constants
 from vllm_scalesearch.ops.triton_paged_attention import (
     _STORED_UNIT,
@@ -26,9 +25,6 @@ from vllm_scalesearch.ops.triton_paged_attention import (
     _stored_tile,
 )
 from vllm_scalesearch.ops.triton_quantize import _widen
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
 
 # Tokens of a program: a power of two, of whole tiles of V along tokens.
 _TILE = 32
@@ -121,7 +117,7 @@ def gather(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     options: AttentionOptions,
     k_out: torch.Tensor,
     v_out: torch.Tensor,

@@ -11,8 +11,6 @@ two parts. Rounded to 16 bits it is the fp32 product's rounding, but for values 
 Grids follow from shapes alone and nothing waits for the device, so all of it can be captured in a CUDA graph.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import triton_quantize
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.ops.triton_quantize import (
     _SIGN,
     _bits,
@@ -37,9 +36,6 @@ from vllm_scalesearch.ops.triton_quantize import (
     _winners,
 )
 from vllm_scalesearch.search import ScalePolicy
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
 
 # fp32's sign, exponent and the first 10 bits of its mantissa: what TF32 keeps.
 _TF32 = tl.constexpr(-(1 << 13))
@@ -294,7 +290,7 @@ def transform_and_write(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     k: torch.Tensor,
     v: torch.Tensor,
     k_matrix: torch.Tensor | None,

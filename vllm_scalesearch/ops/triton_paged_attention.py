@@ -18,7 +18,6 @@ Grids follow from shapes alone and nothing waits for the device, so all of it ca
 """
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -27,6 +26,7 @@ import triton.language as tl
 from vllm_scalesearch.attention_reference import BLOCK, P_LEVELS, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import triton_quantize
+from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.ops.triton_kv_write import (
     _as_blocks,
     _as_rows,
@@ -45,9 +45,6 @@ from vllm_scalesearch.ops.triton_quantize import (
     _widen,
     _winners,
 )
-
-if TYPE_CHECKING:
-    from vllm_scalesearch.ops.paged_attention import Step
 
 # The interpreter multiplies bf16 as integers, and does not round to it.
 _EMULATED = tl.constexpr(triton_quantize._INTERPRETED)
@@ -518,7 +515,7 @@ def attention(
     pages: torch.Tensor,
     full: torch.Tensor,
     layout: PageLayout,
-    step: "Step",
+    step: Step,
     options: AttentionOptions,
     output: torch.Tensor,
 ) -> None:
