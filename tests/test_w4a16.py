@@ -1,5 +1,7 @@
 """The decode product: layout and plans on the CPU, sources for every architecture, numbers on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,6 +32,14 @@ def tile(weight: QuantizedTensor) -> w4a16.TiledWeight:
         words.contiguous(), columns.contiguous(), weight.tensor_scale.reshape(1), w4a16.scale_encoding(weight),
         1.0, outputs, inputs,
     )  # fmt: skip
+
+
+def marlin(tiled: w4a16.TiledWeight) -> w4a16.TiledWeight:
+    """The same weights with scales as Marlin keeps them, for a tensor whose power of two f is 1."""
+    halves = (tiled.scales.view(torch.float8_e4m3fn).float() * 2**7).half().view(torch.int16)
+    bytes_ = (halves >> 7 & 0xFF).to(torch.uint8)
+    swapped = bytes_.view(len(bytes_), -1, 4)[..., [0, 2, 1, 3]].reshape(bytes_.shape)
+    return replace(tiled, scales=swapped.contiguous(), encoding=w4a16.MARLIN, factor=2.0**7)
 
 
 def test_layout_is_the_formula():
@@ -238,26 +248,34 @@ def test_bad_input_is_named():
         w4a16.product(torch.zeros(1, 64, device="cuda"), tiled)
 
 
+AS_KEPT = pytest.mark.parametrize(
+    "kept", [tile, lambda weight: marlin(tile(weight))], ids=["humming", "marlin"]
+)
+
+
 @pytest.mark.gpu
+@AS_KEPT
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dequantized_rows_are_exact(dtype):
+def test_dequantized_rows_are_exact(dtype, kept):
     for shape in ((64, 32), (100, 48), (576, 576)):
         weight = _weight(*shape, "cuda")
-        tiled = tile(weight)
+        tiled = kept(weight)
         expected = weight.dequantize(torch.float64)
         for first, last in ((0, shape[0]), (64 if shape[0] > 64 else 0, shape[0])):
-            values = w4a16.dequantize(tiled, dtype, first, last).double() * 2**7 * weight.tensor_scale.double()
+            values = w4a16.dequantize(tiled, dtype, first, last).double()
+            values = values * tiled.multiplier * weight.tensor_scale.double()
             assert torch.equal(values.float(), expected[first:last].float())
 
 
 @pytest.mark.gpu
-def test_many_rows_by_cublas():
+@AS_KEPT
+def test_many_rows_by_cublas(kept):
     weight = _weight(4160, 576, "cuda")  # more than one piece, the last one narrow
-    tiled = tile(weight)
+    tiled = kept(weight)
     x = torch.randn(300, 576, device="cuda", dtype=torch.bfloat16)
     bias = torch.randn(4160, device="cuda", dtype=torch.bfloat16)
     row_scale = torch.rand(300, 1, device="cuda")
-    alpha = 2**7 * float(weight.tensor_scale)
+    alpha = tiled.multiplier * float(weight.tensor_scale)
     for arguments in ({}, {"bias": bias}, {"row_scale": row_scale}, {"bias": bias, "row_scale": row_scale}):
         out = w4a16.dense_product(x, tiled, alpha, **arguments)
         expected = _expected(x, weight, **arguments)
