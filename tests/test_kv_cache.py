@@ -168,3 +168,11 @@ def test_without_the_sink_there_is_no_hit():
     assert cache.manager.get_computed_blocks(cache.requests[second])[1] > 0
     cache.manager.block_pool._maybe_evict_cached_block(cache.manager.block_pool.blocks[sink])
     assert cache.manager.get_computed_blocks(cache.requests[second])[1] == 0
+
+
+def test_a_request_waits_for_a_full_precision_block():
+    """Where packed pages suffice and only the other kind is missing, nothing is taken from an empty pool."""
+    cache = Cache(1 + 1 + 3, sink=0, window=40)  # one that is never used, one packed, three of 4 tokens
+    name = cache.add(list(range(20)))
+    assert cache.run(name, 12)
+    assert not cache.run(name, 1)
