@@ -1,5 +1,7 @@
 """The life of pages under vLLM's own manager: each request finds its tokens where its tables say."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -30,6 +32,7 @@ class Cache:
             block_size=FULL_BLOCK, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, page_size_padded=page,
             sliding_window=window, sink_blocks=-(-sink // FULL_BLOCK),
         )  # fmt: skip
+        self.specs = (packed, full)
         groups = [KVCacheGroupSpec(["layer"], packed), KVCacheGroupSpec(["layer.full_precision"], full)]
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(FULL_BLOCK, sha256)
@@ -176,3 +179,51 @@ def test_a_request_waits_for_a_full_precision_block():
     name = cache.add(list(range(20)))
     assert cache.run(name, 12)
     assert not cache.run(name, 1)
+
+
+@pytest.mark.parametrize("blocks", [40, 100, 500])
+@pytest.mark.parametrize(("sink", "window"), [(8, 8), (0, 1), (4, 40)])
+def test_as_many_requests_fit_as_is_stated(blocks, sink, window):
+    """What vLLM makes its line about the cache's size of, for requests of the whole length."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    length, step = 256, 32
+    cache = Cache(blocks, sink, window)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=blocks),
+        model_config=SimpleNamespace(max_model_len=length),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+        max_in_flight_tokens=2 * step, max_concurrent_batches=2, num_speculative_tokens=0,
+    )  # fmt: skip
+    groups = [KVCacheGroupSpec([str(i)], spec) for i, spec in enumerate(cache.specs)]
+    stated = get_max_concurrency_for_kv_cache_config(config, KVCacheConfig(blocks, [], groups))
+    held = 0
+    while True:
+        name = cache.add([1000 * held + token for token in range(length - 2)])
+        while cache.computed.get(name, 0) < length - 2 and cache.run(name, step):
+            pass
+        if cache.computed.get(name, 0) < length - 2:
+            break
+        for token in range(2):  # what only a prompt's step needed is let go
+            cache.requests[name].append_output_token_ids(token)
+            if not cache.run(name, 1):
+                break
+        held += 1
+    assert int(stated) <= held <= 1.2 * stated + 1
+
+
+def test_one_request_is_promised_all_that_it_holds():
+    """Before blocks are counted; else the only request of a small cache could wait for ever."""
+    cache = Cache(40, sink=8, window=8)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=None),
+        model_config=SimpleNamespace(max_model_len=256),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        max_in_flight_tokens=64, max_concurrent_batches=2, num_speculative_tokens=0,
+    )  # fmt: skip
+    spec = cache.specs[FULL]
+    blocks = spec.max_memory_usage_bytes(config) // spec.page_size_bytes
+    assert blocks == spec.max_admission_blocks_per_request(64, 256) == 2 + -(-(7 + 64) // FULL_BLOCK) + 1

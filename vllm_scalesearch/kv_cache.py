@@ -11,6 +11,7 @@ A full-precision block has a quarter of the packed block's tokens: its page is t
 pads it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,13 +160,35 @@ register_all_kvcache_specs(get_current_vllm_config_or_none())
 @register_kv_cache_spec(manager_class=SinkWindowManager, uniform_type_base_spec=SlidingWindowSpec)
 @dataclass(frozen=True, kw_only=True)
 class SinkWindowSpec(SlidingWindowSpec):
-    """A sliding window of full-precision tokens, with the first `sink_blocks` blocks kept besides."""
+    """A sliding window of full-precision tokens, with the first `sink_blocks` blocks kept besides.
+
+    Tokens that are being prefilled hold blocks too, however many requests there are: together at most those of
+    the steps in flight. So one request is promised its own and all of these, of several each its share of them.
+    """
 
     sink_blocks: int
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         window = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
         return min(window + self.sink_blocks, -(-max_model_len // self.block_size) + 1)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of this group that a request of `max_model_len` tokens counts for.
+
+        Before the number of blocks is known vLLM asks whether one request fits: the most that it holds. From
+        then on vLLM asks how many fit at once (its line about the cache's size): what a decoding request keeps,
+        and a share of the blocks of the steps in flight, as if all requests were kept as this layer's are.
+        """
+        most = super().max_memory_usage_bytes(vllm_config) // self.page_size_bytes
+        blocks = vllm_config.cache_config.num_gpu_blocks
+        if not blocks:
+            return most * self.page_size_bytes
+        length = vllm_config.model_config.max_model_len
+        decoded = vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens)
+        kept = self.max_admission_blocks_per_request(decoded, length)
+        packed = -(-length // (self.block_size * RATIO))
+        requests = max((blocks - (most - kept)) / (packed + kept), 1)
+        return (kept + math.ceil((most - kept) / requests)) * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
         return all(
