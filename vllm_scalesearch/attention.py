@@ -40,6 +40,7 @@ from vllm_scalesearch.vllm_api import (
     get_attention_context,
     get_current_vllm_config,
     init_logger,
+    order_pipeline,
     split_decodes_and_prefills,
 )
 
@@ -300,6 +301,7 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
                 self.options.sink,
                 self.options.window,
             )
+        order_pipeline()
         self.prompts = self._prompt_kernel()
         self.reductions = ModelReductions.of(self.vllm_config, self.options)
         self.reductions.attach(self.layer_name, self)

@@ -20,6 +20,7 @@ from vllm_scalesearch.vllm_api import (
     get_current_vllm_config,
     get_pp_group,
     init_logger,
+    order_pipeline,
 )
 
 # Not `__name__`: vLLM configures the handlers of its own logger names only.
@@ -131,6 +132,7 @@ class ScaleSearchConfig(QuantizationConfig):
         found = [(selection.matched, selection.seen, self._has_head)]
         group = get_pp_group()
         if group.world_size > 1:
+            order_pipeline()
             mine = found[0]
             found = [None] * group.world_size
             torch.distributed.all_gather_object(found, mine, group.cpu_group)

@@ -108,6 +108,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from vllm_scalesearch.pipeline import follow_current_stream
+
 
 def flash_attention(head_size: int) -> tuple[Callable[..., Any], int]:
     """vLLM's FlashAttention for CUDA, and the version of it that runs this head size here."""
@@ -117,6 +119,14 @@ def flash_attention(head_size: int) -> tuple[Callable[..., Any], int]:
     if version is None:
         raise RuntimeError(f"vLLM's FlashAttention does not run on this GPU with head_size {head_size}")
     return flash_attn_varlen_func, version
+
+
+def order_pipeline() -> None:
+    """In a stage of a pipeline on CUDA: see pipeline.py. Elsewhere nothing."""
+    if current_platform.is_cuda() and get_pp_group().world_size > 1:
+        from vllm.v1.worker.gpu.pp_utils import PPHandler
+
+        follow_current_stream(PPHandler)
 
 
 __all__ = [
@@ -202,6 +212,7 @@ __all__ = [
     "maybe_make_prepare_finalize",
     "mxfp4_round_up_hidden_size_and_intermediate_size",
     "nvfp4_weight_padding_bytes",
+    "order_pipeline",
     "pad_nvfp4_activation_for_cutlass",
     "register_all_kvcache_specs",
     "register_kv_cache_spec",
