@@ -183,6 +183,7 @@ def input_errors(llm, checkpoint: Path, quantized_inputs: bool) -> list[float]:
     (recorded,) = llm.apply_model(layers.collect)
     reader, errors = CheckpointReader(checkpoint), []
     for name, layer in recorded.items():
+        layer = {key: tensor.cpu() for key, tensor in layer.items()}
         parent, _, last = name.rpartition(".")
         parts = [f"{parent}.{part}" for part in layers.FUSED.get(last, (last,))]
         x = layer["input"].double()
