@@ -264,7 +264,10 @@ class _DecodeProduct(_VllmKernelProduct):
         humming = isinstance(self.kernel, HummingNvFp4LinearKernel)
         small = self.weight.outputs * self.weight.inputs <= 4096 * 4096
         self.decode_rows = w4a16.MAX_ROWS if small or not humming else w4a16.MAX_ROWS // 2
-        self.dense_rows = w4a16.DENSE_ROWS if humming else sys.maxsize
+        self.dense_rows = sys.maxsize
+        if current_platform.get_device_capability() == (9, 0):  # Marlin was not measured elsewhere
+            self.dense_rows = w4a16.DENSE_ROWS if humming else w4a16.MARLIN_DENSE_ROWS
+        dense = self.dense_rows < sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
             "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel, as measured fastest there, "
@@ -273,7 +276,7 @@ class _DecodeProduct(_VllmKernelProduct):
             self.weight.inputs,
             self.decode_rows,
             type(self.kernel).__name__,
-            f", and by cuBLAS on dequantized pieces from {self.dense_rows} rows" if humming else "",
+            f", and by cuBLAS on dequantized pieces from {self.dense_rows} rows" if dense else "",
         )
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

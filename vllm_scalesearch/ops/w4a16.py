@@ -21,9 +21,9 @@ from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import QuantizedTensor
 
 MAX_ROWS = 32
-# From here on dequantizing the weights for cuBLAS costs less than what Humming is slower than cuBLAS
-# (benchmarks/NOTES.md). A piece's values should stay in the L2, but cuBLAS wants some width.
-DENSE_ROWS = 4096
+# From here on dequantizing the weights for cuBLAS costs less than what Humming, or Marlin, is slower than it on
+# Hopper (benchmarks/NOTES.md). A piece's values should stay in the L2, but cuBLAS wants some width.
+DENSE_ROWS, MARLIN_DENSE_ROWS = 4096, 1024
 _PIECE_BYTES, _PIECE_OUTPUTS = 24 << 20, 2048
 
 # How a kernel reads scale bytes.
