@@ -157,52 +157,97 @@ struct Parts {
     __device__ __forceinline__ int slot(int n) const { return 2 * (from + step * n) + (n ? 0 : late); }
 };
 
-// Merge parts, a query a warp at a time: into the output, or into the first of them.
+// Merge parts: into the output, or into the first of them. A warp has the statistics of some queries, a thread four
+// channels at each of its places, so that a block has as many loads under way as it can.
 template <class Program, bool INTO_OUTPUT>
 __device__ __forceinline__ void merge(
     const Arguments& a, u16* out, int queries, const Parts& parts, u8* shared, int lane, int warp) {
-    constexpr int AT_ONCE = Program::TOGETHER ? Program::TOGETHER : 8;
-    float* weights = reinterpret_cast<float*>(shared + warp * Program::WARP_BYTES);
-    for (int query = warp; query < queries; query += WARPS) {
-        float2* statistics = reinterpret_cast<float2*>(a.statistics) + query;
-        float maximum = -INFINITY;
-        for (int n = lane; n < parts.count; n += 32)
-            maximum = fmaxf(maximum, __ldcg(statistics + parts.slot(n) * QUERIES).x);
+    constexpr int THREADS = WARPS * 32, OF_WARP = (QUERIES + WARPS - 1) / WARPS;
+    constexpr int PIECES = D / 4;  // of a query
+    constexpr int PLACES = (QUERIES * PIECES + THREADS - 1) / THREADS;
+    constexpr int LOADS = Program::TOGETHER ? 16 : 8, AT_ONCE = PLACES < LOADS ? LOADS / PLACES : 1;
+    constexpr int SOME = 32;  // parts whose weights are there at a time
+    float* weights = reinterpret_cast<float*>(shared);  // of each query and part
+    float* totals = weights + QUERIES * SOME;
+    float2* statistics = reinterpret_cast<float2*>(a.statistics);
+    const auto statistics_of = [&](int query, int n) {
+        return query < queries && n < parts.count ? __ldcg(statistics + parts.slot(n) * QUERIES + query)
+                                                  : make_float2(-INFINITY, 0.0f);
+    };
+
+    float2 found[OF_WARP];
+    float maximum[OF_WARP], total[OF_WARP];
 #pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
-        float sum[D / 32] = {}, total = 0.0f;
-        for (int begin = 0; begin < parts.count; begin += 32) {
-            __syncwarp();
-            float weight = 0.0f;
-            if (begin + lane < parts.count) {
-                const float2 found = __ldcg(statistics + parts.slot(begin + lane) * QUERIES);
-                weight = weight_of(found.x, maximum);
-                total = fmaf(found.y, weight, total);
-            }
-            weights[lane] = weight;
-            __syncwarp();
-            const int some = min(32, parts.count - begin);
-#pragma unroll AT_ONCE
-            for (int n = 0; n < some; n++) {
-                const float* part =
-                    a.partial + (static_cast<long long>(parts.slot(begin + n)) * QUERIES + query) * D + lane;
+    for (int k = 0; k < OF_WARP; k++) found[k] = statistics_of(warp + k * WARPS, lane);
 #pragma unroll
-                for (int i = 0; i < D / 32; i++) sum[i] = fmaf(__ldcg(part + 32 * i), weights[n], sum[i]);
-            }
+    for (int k = 0; k < OF_WARP; k++) {
+        maximum[k] = found[k].x, total[k] = 0.0f;
+        for (int n = lane + SOME; n < parts.count; n += SOME)
+            maximum[k] = fmaxf(maximum[k], statistics_of(warp + k * WARPS, n).x);
+    }
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) {
+#pragma unroll
+        for (int k = 0; k < OF_WARP; k++) maximum[k] = fmaxf(maximum[k], __shfl_xor_sync(~0u, maximum[k], mask));
+    }
+    float sum[PLACES][4] = {};
+    for (int begin = 0; begin < parts.count; begin += SOME) {
+        if (begin) {
+            __syncthreads();  // the weights before are not needed any more
+#pragma unroll
+            for (int k = 0; k < OF_WARP; k++) found[k] = statistics_of(warp + k * WARPS, begin + lane);
         }
 #pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
-        if (INTO_OUTPUT) {
-            const float factor = a.output_unit / total;
+        for (int k = 0; k < OF_WARP; k++) {
+            const float weight = weight_of(found[k].x, maximum[k]);
+            total[k] = fmaf(found[k].y, weight, total[k]);
+            if (warp + k * WARPS < QUERIES) weights[(warp + k * WARPS) * SOME + lane] = weight;
+        }
+        __syncthreads();
+        const int some = min(SOME, parts.count - begin);
+#pragma unroll AT_ONCE
+        for (int n = 0; n < some; n++) {
+            const float4* part = reinterpret_cast<const float4*>(
+                a.partial + static_cast<long long>(parts.slot(begin + n)) * (QUERIES * D));
 #pragma unroll
-            for (int i = 0; i < D / 32; i++)
-                out[query * a.output_head_stride + 32 * i + lane] = narrowed(sum[i] * Program::OUTPUT_UNIT * factor);
-        } else {
-            // All lanes have read before: the shuffles above are behind every load.
-            float* part = a.partial + (static_cast<long long>(parts.slot(0)) * QUERIES + query) * D + lane;
+            for (int k = 0; k < PLACES; k++) {
+                const int place = k * THREADS + threadIdx.x, query = place / PIECES;
+                if (query < queries) {
+                    const float4 x = __ldcg(part + place);
+                    const float weight = weights[query * SOME + n];
+                    sum[k][0] = fmaf(x.x, weight, sum[k][0]), sum[k][1] = fmaf(x.y, weight, sum[k][1]);
+                    sum[k][2] = fmaf(x.z, weight, sum[k][2]), sum[k][3] = fmaf(x.w, weight, sum[k][3]);
+                }
+            }
+        }
+    }
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) part[32 * i] = sum[i];
-            if (lane == 0) statistics[parts.slot(0) * QUERIES] = make_float2(maximum, total);
+    for (int k = 0; k < OF_WARP; k++) {
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) total[k] += __shfl_xor_sync(~0u, total[k], mask);
+        const int query = warp + k * WARPS;
+        if (lane == 0 && query < queries) {
+            totals[query] = total[k];
+            // The lanes of this warp alone have read them.
+            if (!INTO_OUTPUT) statistics[parts.slot(0) * QUERIES + query] = make_float2(maximum[k], total[k]);
+        }
+    }
+    if (INTO_OUTPUT) __syncthreads();
+#pragma unroll
+    for (int k = 0; k < PLACES; k++) {
+        const int place = k * THREADS + threadIdx.x, query = place / PIECES;
+        if (query < queries) {
+            if (INTO_OUTPUT) {
+                const float factor = a.output_unit / totals[query];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    out[query * a.output_head_stride + place % PIECES * 4 + i] =
+                        narrowed(sum[k][i] * Program::OUTPUT_UNIT * factor);
+            } else {
+                reinterpret_cast<float4*>(
+                    a.partial + static_cast<long long>(parts.slot(0)) * (QUERIES * D))[place] =
+                    make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
+            }
         }
     }
 }

@@ -31,6 +31,9 @@ constexpr int UNIT_BYTES = 36 * D;
 constexpr int WHOLE_PITCH = 4 * D + 16;  // bytes of a token's key and value in 16 bits
 constexpr int Q_PITCH = 2 * D + 16;
 constexpr float P_LOG2 = 15.0f;          // P is in units of 2^-15, so that small ones are normal numbers
+// Whether a warp's first packed unit comes while tokens in 16 bits are attended to: where what a warp finds takes as
+// much shared memory as both, at any rate.
+constexpr bool AHEAD = 16 * WHOLE_PITCH + UNIT_BYTES <= QUERIES * FOUND * 4;
 constexpr bool LOOK_FOR_NAN = !E4M3_NAN_IS_NAN;  // else a NaN scale is a NaN of all that it is multiplied into
 
 static_assert(QUERIES <= ROWS && D % 32 == 0);
@@ -356,11 +359,10 @@ __device__ __forceinline__ void stored_units(
     const Factors& factors, int first, int last, u8* shared, int lane) {
     if (first >= last) return;
     const int g = lane / 4, t = lane % 4;
-    Tiles next(r, table, first);
-    u8* unit_at = shared;
-    u8* other = shared + UNIT_BYTES;
-    copy_unit(unit_at, a, next, head, lane);
-    next = Tiles(r, table, first + WARPS);
+    u8* unit_at = shared + (AHEAD ? 16 * WHOLE_PITCH : UNIT_BYTES);
+    u8* other = shared;
+    if (!AHEAD) copy_unit(unit_at, a, Tiles(r, table, first), head, lane);
+    Tiles next(r, table, first + WARPS);
     for (int unit = first; unit < last; unit += WARPS) {
         wait_for_copies();
         __syncwarp();  // what all lanes have copied is there, and all are done with the unit before
@@ -500,7 +502,7 @@ struct Wide {
     static constexpr int WARP_BYTES =
         (larger(larger(2 * UNIT_BYTES, 16 * WHOLE_PITCH), QUERIES * FOUND * 4) + 15) / 16 * 16;
     static constexpr float OUTPUT_UNIT = 16384.0f;  // sums are of P in units of 2^-15 and 2^-14, totals of P alone
-    static constexpr int LEAST = 16, TOGETHER = 16, CHANNELS = 4;
+    static constexpr int LEAST = 8, TOGETHER = 16, CHANNELS = 4;
     static constexpr bool RAGGED = true;
 
     static __device__ __forceinline__ void attend(
@@ -509,6 +511,12 @@ struct Wide {
         u8* rows = shared + WARPS * WARP_BYTES + 16;
         float* row_factors = reinterpret_cast<float*>(rows + ROWS * Q_PITCH);
         const int g = lane / 4, t = lane % 4;
+        const int whole = part.whole_units();
+        if (AHEAD) {
+            const int unit = part.first + warp + (max(whole - part.first - warp, 0) + WARPS - 1) / WARPS * WARPS;
+            if (unit < part.last)
+                copy_unit(mine + 16 * WHOLE_PITCH, a, Tiles(part.ranges, part.table(a), unit - whole), part.head, lane);
+        }
         load_queries(a, part, rows, row_factors, lane, warp);
 
         State state;
@@ -535,7 +543,6 @@ struct Wide {
         }
         const u32 queries =
             shared_address(rows) + (lane % 8 + lane / 8 % 2 * 8) * Q_PITCH + lane / 16 * 16;
-        const int whole = part.whole_units();
         u32 nan = 0;
         stored_units(
             state, nan, a, part.ranges, part.table(a), part.head, queries, factors, unit - whole, part.last - whole,
