@@ -280,10 +280,8 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="without FlashAttention 3")
     parser.add_argument("--only", choices=["decode", "prompts", "quantized"], help="default: all")
     parser.add_argument("--triton", action="store_true", help="with our Triton kernel")
-    parser.add_argument("--wide", action="store_true", help="more than 8 query heads of a KV head in a program")
     parser.add_argument("--name", default="attention", help="of the file under results/")
     args = parser.parse_args()
-    cuda_paged_decode.WIDE = args.wide
     rate = copy_bandwidth()
     options = AttentionOptions(q=None, p=None, recent=64, v_scale=1 / 16)
     description = dict(heads=args.heads, kv_heads=args.kv_heads, head_size=args.head_size)

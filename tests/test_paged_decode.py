@@ -11,12 +11,6 @@ from vllm_scalesearch.cuda_kernels import compile_kernel
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops import cuda_paged_decode, paged_attention
 
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch) -> None:
-    monkeypatch.setattr(cuda_paged_decode, "WIDE", True)
-
-
 KV = dict(q=None, p=None, k="fast", v="fast", v_group="tokens", recent=16)
 
 
@@ -69,15 +63,6 @@ def test_which_kernel_attends(capability, changes, queries, expected, monkeypatc
 )
 def test_query_heads_of_a_program(group: int, dim: int, expected: int) -> None:
     assert cuda_paged_decode.queries_of(group, dim) == expected
-
-
-@pytest.mark.parametrize("group, expected", [(8, 8), (12, 6), (32, 8), (71, 1)])
-def test_what_no_gpu_has_run_is_not_chosen(group: int, expected: int, monkeypatch) -> None:
-    monkeypatch.undo()
-    assert cuda_paged_decode.queries_of(group, 128) == expected
-    options = AttentionOptions(**KV)
-    program = cuda_paged_decode.program(PageLayout(64, 128, "tokens"), 16, options, group, BF16)
-    assert program.name == "paged_decode"
 
 
 LENGTHS = (0, 1, 15, 16, 31, 63, 64, 511, 1000, 2047, 2048, 4095)

@@ -17,11 +17,8 @@ from vllm_scalesearch.ops.step import Step
 
 HEAD_SIZES = (64, 96, 128, 256)
 _WARPS = 4
-# Query heads of a KV head up to which paged_decode.cu takes them.
+# Query heads of a KV head up to which paged_decode.cu takes them; paged_decode_wide.cu takes more.
 _NARROW = 8
-# Whether paged_decode_wide.cu takes more. It agrees with the reference where its source runs on a CPU, with
-# lanes, fragments and copies emulated, but no GPU has run it yet. Without it, programs of up to 8 share them.
-WIDE = False
 # Heads of requests that one stream's blocks can count the arrivals of.
 _ITEMS = 1 << 16
 # Sums are kept in units of V's tensor scale, times 2^-119 or 2^-14, which must leave room on both sides.
@@ -67,10 +64,10 @@ class Program:
 def queries_of(group: int, head_size: int) -> int:
     """How many of a KV head's `group` query heads a program takes.
 
-    Of paged_decode.cu, the most up to 8 that fit and divide them. Where `WIDE` has more than 8 taken together,
-    as few programs as there can be take equal shares.
+    Of up to 8 heads, the most that fit and divide them; of more, as few programs as can be take
+    equal shares.
     """
-    if WIDE and group > _NARROW:
+    if group > _NARROW:
         return -(-group // -(-group // _most_wide(head_size)))
     most = 4 if head_size > 128 else 8
     return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
@@ -88,7 +85,7 @@ def program(
     dim = layout.head_size
     queries = queries_of(group, dim)
     found = queries * (dim + 2) * 4  # of each query, for each warp
-    if WIDE and group > _NARROW:
+    if group > _NARROW:
         tiles = -(-queries // 16)
         sums = tiles * dim  # twice the registers that a lane has them in
         blocks = 4 if sums <= 64 else 3 if sums <= 128 else 2
