@@ -9,7 +9,7 @@
 //                floats, D sums, the maximum of its scores and the total of its P
 //   OUTPUT_UNIT  what sums are to be multiplied by
 //   LEAST        units that a share has at least, or little fewer, if there are as many
-//   TOGETHER     parts that one block merges at once; more are merged by several blocks first. 0: no limit
+//   TOGETHER     parts that one block merges at once; more are merged by several blocks first. 0: any number, by queries
 //   CHANNELS     of a query that a thread takes when it puts warps together
 //   RAGGED       the group is not a multiple of QUERIES, and the last of its programs has fewer
 //   attend       the units of a part, into the warps' memory; every thread of the block calls it
@@ -157,15 +157,56 @@ struct Parts {
     __device__ __forceinline__ int slot(int n) const { return 2 * (from + step * n) + (n ? 0 : late); }
 };
 
-// Merge parts: into the output, or into the first of them. A warp has the statistics of some queries, a thread four
-// channels at each of its places, so that a block has as many loads under way as it can.
+// Merge parts into the output, a query a warp at a time: where a program has few queries.
+template <class Program>
+__device__ __forceinline__ void merge_by_query(
+    const Arguments& a, u16* out, int queries, const Parts& parts, u8* shared, int lane, int warp) {
+    float* weights = reinterpret_cast<float*>(shared + warp * Program::WARP_BYTES);
+    for (int query = warp; query < queries; query += WARPS) {
+        float2* statistics = reinterpret_cast<float2*>(a.statistics) + query;
+        float maximum = -INFINITY;
+        for (int n = lane; n < parts.count; n += 32)
+            maximum = fmaxf(maximum, __ldcg(statistics + parts.slot(n) * QUERIES).x);
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
+        float sum[D / 32] = {}, total = 0.0f;
+        for (int begin = 0; begin < parts.count; begin += 32) {
+            __syncwarp();
+            float weight = 0.0f;
+            if (begin + lane < parts.count) {
+                const float2 found = __ldcg(statistics + parts.slot(begin + lane) * QUERIES);
+                weight = weight_of(found.x, maximum);
+                total = fmaf(found.y, weight, total);
+            }
+            weights[lane] = weight;
+            __syncwarp();
+            const int some = min(32, parts.count - begin);
+#pragma unroll 8
+            for (int n = 0; n < some; n++) {
+                const float* part =
+                    a.partial + (static_cast<long long>(parts.slot(begin + n)) * QUERIES + query) * D + lane;
+#pragma unroll
+                for (int i = 0; i < D / 32; i++) sum[i] = fmaf(__ldcg(part + 32 * i), weights[n], sum[i]);
+            }
+        }
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
+        const float factor = a.output_unit / total;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++)
+            out[query * a.output_head_stride + 32 * i + lane] = narrowed(sum[i] * Program::OUTPUT_UNIT * factor);
+    }
+}
+
+// Merge parts, into the output or into the first of them: where a program has many queries. A warp has the statistics
+// of some, a thread four channels at each of its places, so that a block has as many loads under way as it can.
 template <class Program, bool INTO_OUTPUT>
-__device__ __forceinline__ void merge(
+__device__ __forceinline__ void merge_by_place(
     const Arguments& a, u16* out, int queries, const Parts& parts, u8* shared, int lane, int warp) {
     constexpr int THREADS = WARPS * 32, OF_WARP = (QUERIES + WARPS - 1) / WARPS;
     constexpr int PIECES = D / 4;  // of a query
     constexpr int PLACES = (QUERIES * PIECES + THREADS - 1) / THREADS;
-    constexpr int LOADS = Program::TOGETHER ? 16 : 8, AT_ONCE = PLACES < LOADS ? LOADS / PLACES : 1;
+    constexpr int LOADS = 16, AT_ONCE = PLACES < LOADS ? LOADS / PLACES : 1;
     constexpr int SOME = 32;  // parts whose weights are there at a time
     float* weights = reinterpret_cast<float*>(shared);  // of each query and part
     float* totals = weights + QUERIES * SOME;
@@ -382,17 +423,20 @@ __device__ __forceinline__ void decode_work(const Arguments& a) {
             const int late = share_of(from) < item_begin;
             constexpr int TOGETHER = Program::TOGETHER;
             int* arrived = a.arrived + (TOGETHER ? 2 * gridDim.x : 0) + request * per_request + item;
-            if (TOGETHER == 0 || parts <= TOGETHER) {
+            if constexpr (TOGETHER == 0) {
                 if (arrives_last(arrived, parts, is_last))
-                    merge<Program, true>(a, out, count, {from, 1, parts, late}, shared, lane, warp);
+                    merge_by_query<Program>(a, out, count, {from, 1, parts, late}, shared, lane, warp);
+            } else if (parts <= TOGETHER) {
+                if (arrives_last(arrived, parts, is_last))
+                    merge_by_place<Program, true>(a, out, count, {from, 1, parts, late}, shared, lane, warp);
             } else {
                 const int before = (static_cast<int>(blockIdx.x) - from) / TOGETHER * TOGETHER;
                 const Parts some = {from + before, 1, min(TOGETHER, parts - before), before ? 0 : late};
                 if (arrives_last(a.arrived + some.slot(0), some.count, is_last)) {
-                    merge<Program, false>(a, out, count, some, shared, lane, warp);
+                    merge_by_place<Program, false>(a, out, count, some, shared, lane, warp);
                     const Parts merged = {from, TOGETHER, (parts + TOGETHER - 1) / TOGETHER, late};
                     if (arrives_last(arrived, merged.count, is_last))
-                        merge<Program, true>(a, out, count, merged, shared, lane, warp);
+                        merge_by_place<Program, true>(a, out, count, merged, shared, lane, warp);
                 }
             }
         }
