@@ -1,9 +1,9 @@
 """Pipeline parallelism in vLLM 0.32 on CUDA: sampled tokens are exchanged beside the model's own stream.
 
 `PPHandler` keeps the stream that is current when it is made, which is the default one, and orders its
-broadcasts by it. vLLM makes another one current later: where Marlin is called first, or where CUDA graphs are
-captured. From then on nothing orders what the last stage sends and what the first one reads: a first stage that
-is ahead of the others takes what lies in memory for counts of tokens, and computes positions from these.
+broadcasts by it. Whoever asks vLLM for its current stream first makes another one current: Marlin does, for its
+locks. From then on nothing orders what the last stage sends and what the first one reads: a first stage that is
+ahead of the others takes what lies in memory for counts of tokens, and computes positions from these.
 """
 
 import functools
