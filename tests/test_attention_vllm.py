@@ -180,6 +180,28 @@ def test_short_requests_and_full_precision_everywhere(engine, tiny, recorded):
         assert (output.float() - expected).norm() / expected.norm() < torch.finfo(output.dtype).eps
 
 
+@pytest.mark.parametrize("attention_options", [{}, TOKENS, WHOLE])
+def test_what_pages_held_before_does_not_matter(engine, tiny, attention_options):
+    """vLLM is not asked to zero blocks, so a block begins with whatever a request before left there."""
+    llm = start(engine, tiny("Llama", head_dim=64), attention_options, max_num_batched_tokens=100,
+                enable_prefix_caching=False)  # fmt: skip
+    prompts = [random_prompt(length, length) for length in (3, 17, 70, 150)]
+    expected, _ = generate_scored(llm, prompts, 40)
+
+    def fill(worker):
+        """NaN, in packed pages as scales."""
+        layers = worker.model_runner.compilation_config.static_forward_context
+        pages = [layer.kv_cache for layer in layers.values() if hasattr(layer, "kv_cache")]
+        for page in pages:
+            page.view(torch.uint8).fill_(0xFF)
+        return len(pages), len([name for name in layers if name.endswith(".attn")])
+
+    pages, attention_layers = llm.collective_rpc(fill)[0]
+    assert pages == 2 * attention_layers > 0
+    assert generate_scored(llm, prompts, 40)[0] == expected
+    assert not llm.llm_engine.engine_core.engine_core.scheduler.needs_kv_cache_zeroing
+
+
 # few_blocks: room for two of the requests until they need another block.
 @pytest.mark.parametrize(
     ("attention_options", "few_blocks"), [({}, 16), (TOKENS, 18)], ids=["head_dim", "tokens"]

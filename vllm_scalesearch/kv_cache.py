@@ -26,6 +26,7 @@ from vllm_scalesearch.vllm_api import (
     SlidingWindowSpec,
     VllmConfig,
     get_current_vllm_config_or_none,
+    get_kv_quant_mode,
     register_all_kvcache_specs,
     register_kv_cache_spec,
     resolve_block_hashes,
@@ -223,12 +224,19 @@ class FullPrecisionLayer(AttentionLayerBase):
         return self.backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SinkWindowSpec:
+        """Bytes, of the packed pages' kind.
+
+        Where kinds differ vLLM zeroes each new block, of each request every 16 tokens, since what a block held
+        before may reach a result of some kernels. Here nothing counts that was not written.
+        """
         block_size = vllm_config.cache_config.block_size // RATIO
         return SinkWindowSpec(
             block_size=block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            dtype=self.dtype,
+            dtype=torch.uint8,
+            kv_quant_mode=get_kv_quant_mode(vllm_config.cache_config.cache_dtype),
+            state_content_bytes=2 * self.head_size * self.dtype.itemsize,
             sliding_window=self.window,
             sink_blocks=-(-self.sink // block_size),
         )

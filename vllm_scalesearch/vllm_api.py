@@ -104,7 +104,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager, register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec, get_kv_quant_mode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
@@ -196,6 +196,7 @@ __all__ = [
     "get_current_vllm_config",
     "get_current_vllm_config_or_none",
     "get_forward_context",
+    "get_kv_quant_mode",
     "get_pp_group",
     "get_tp_group",
     "init_logger",
