@@ -6,7 +6,8 @@
 
 Dummy weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). A case is
 requests x prompt tokens; all are sent at once. The prompt's rate is that until each has its first token; the
-output's rate is from there until the first one is done.
+output's rate is from there until the first one has its `OUTPUT` tokens. How long kernels run in a step is then
+looked at in a few more, under a profiler: the rest of a step's time is the host's.
 
 With --fixed-gib all engines have the same memory for their KV cache, and besides the cases each serves as many
 requests of the given lengths at once as fit, by vLLM's own count of blocks (`Capacity`).
@@ -39,7 +40,8 @@ VARIANTS = {
 }
 # Of a layer and token, K and V of 8 heads of 128; what is packed to 4 bits takes less than 1400.
 CACHE_BYTES = {"bf16": 4096, "fp8": 2048}
-OUTPUT = 192
+OUTPUT = 512
+PROFILED = 24  # steps
 BATCHED = 8192  # max_num_batched_tokens
 # Steps that are measured when a batch takes long to start, and the largest batch.
 MEASURED, MOST_REQUESTS = 96, 320
@@ -102,16 +104,49 @@ def capacity(worker: Any) -> tuple[int, list[tuple[int, int | None, int]]]:
     return config.num_blocks, groups
 
 
-def run_case(engine: Any, name: str, batch: int, length: int, output: int) -> dict[str, float]:
-    """Rates of `batch` prompts of `length` random tokens; see above.
+def start_profile(worker: Any) -> None:
+    """In an engine's worker: see `kernels_ms`."""
+    runner = worker.model_runner
+    execute, worker.steps = runner.execute_model, 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        worker.steps += 1
+        return execute(*arguments, **named)
+
+    torch.cuda.synchronize()
+    runner.execute_model = counted
+    worker.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    worker.profiler.start()
+
+
+def kernels_ms(worker: Any) -> float:
+    """How long a kernel or a copy ran in each step since `start_profile`, in ms."""
+    torch.cuda.synchronize()
+    worker.profiler.stop()
+    del worker.model_runner.execute_model  # and the class's is back
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in worker.profiler.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    )
+    total = end = 0
+    for start, stop in spans:
+        total += max(stop - max(start, end), 0)
+        end = max(end, stop)
+    return total * 1e-6 / worker.steps
+
+
+def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled: int = 0) -> dict[str, float]:
+    """Rates of `batch` prompts of `length` random tokens; what kernels take of a step, over `profiled` more.
 
     Raises Overfull where one was done before all had started, and where not all were decoded in every step
     from there on.
     """
     from vllm import SamplingParams
 
-    generator = torch.Generator().manual_seed(batch)
-    params = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True, detokenize=False)
+    engine, generator = llm.llm_engine, torch.Generator().manual_seed(batch)
+    most = output + 2 * profiled  # the engine is ahead of what was asked for
+    params = SamplingParams(max_tokens=most, temperature=0, ignore_eos=True, detokenize=False)
     ids = [f"{name}-{i}" for i in range(batch)]
     for request in ids:
         tokens = torch.randint(10, 1000, (length,), generator=generator).tolist()
@@ -120,12 +155,18 @@ def run_case(engine: Any, name: str, batch: int, length: int, output: int) -> di
     while not done:
         outputs = engine.step()
         counts |= {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
-        done = any(output.finished for output in outputs)
+        done = any(count >= output for count in counts.values())
         if first is not None:
             steps += bool(outputs)
         elif len(counts) == batch:
             first = time.perf_counter(), sum(counts.values())
     end, tokens = time.perf_counter(), sum(counts.values())
+    kernels = None
+    if profiled and steps:
+        llm.collective_rpc(start_profile)
+        for _ in range(profiled):
+            engine.step()
+        kernels = llm.collective_rpc(kernels_ms)[0]
     engine.abort_request(ids)
     while engine.has_unfinished_requests():
         engine.step()
@@ -138,7 +179,8 @@ def run_case(engine: Any, name: str, batch: int, length: int, output: int) -> di
         "batch": batch,
         "prompt_tokens_per_s": batch * length / (first[0] - start),
         "output_tokens_per_s": tokens / (end - first[0]),
-    }
+        "step_ms": (end - first[0]) / steps * 1e3,
+    } | ({} if kernels is None else {"kernels_ms": kernels})
 
 
 def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, Any]:
@@ -164,15 +206,14 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
     llm = LLM(model, **arguments)
     found = Capacity(*llm.collective_rpc(capacity)[0])
     ready()
-    engine = llm.llm_engine
-    run_case(engine, "warm-up", 2, 256, OUTPUT)
-    run_case(engine, "long warm-up", 2, BATCHED + 500, 8)
-    plan = [("cases", case, *size, OUTPUT) for case, size in sizes.items()]
-    plan += [("fixed", length, *found.batch(length)) for length in lengths]
+    run_case(llm, "warm-up", 2, 256, OUTPUT, PROFILED)
+    run_case(llm, "long warm-up", 2, BATCHED + 500, 8)
+    plan = [("cases", case, *size, OUTPUT, PROFILED) for case, size in sizes.items()]
+    plan += [("fixed", length, *found.batch(length), 0) for length in lengths]
     runs: dict[str, dict[Any, Any]] = {"cases": {}, "fixed": {}, "failed": {}}
-    for part, case, batch, length, output in plan:
+    for part, case, batch, length, *steps in plan:
         try:
-            runs[part][case] = run_case(engine, f"{batch}x{length}", batch, length, output)
+            runs[part][case] = run_case(llm, f"{batch}x{length}", batch, length, *steps)
         except Overfull as error:
             runs["failed"][case] = str(error)
         print(case, runs[part].get(case, runs["failed"].get(case)), flush=True)
@@ -192,6 +233,13 @@ def show(results: dict[str, Any]) -> None:
             rows.append([name, *(_cell(cell, part == "fixed") for cell in cells)])
         if columns:
             table([title, *columns], rows)
+    columns = list(dict.fromkeys(case for run in results["runs"].values() for case in run["cases"]))
+    rows = []
+    for name, run in results["runs"].items():
+        cells = (run["cases"].get(case) for case in columns)
+        rows.append([name, *(f"{c['step_ms']:.2f} ({c['kernels_ms']:.2f})" if c else "" for c in cells)])
+    if columns:
+        table(["ms a step (kernels)", *columns], rows)
 
 
 def _cell(rates: dict[str, float] | None, with_batch: bool) -> str:
@@ -253,7 +301,7 @@ def main() -> None:
         parser.error(f"--only {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
     lengths = args.lengths if args.fixed_gib else []
     sizes = [map(int, case.split("x")) for case in args.cases]
-    most = max((batch * (length + OUTPUT + 64) for batch, length in sizes), default=0)
+    most = max((batch * (length + OUTPUT + PROFILED + 64) for batch, length in sizes), default=0)
     results = {"layers": args.layers, "fixed_gib": args.fixed_gib, "runs": {}}
 
     def keep(name: str, result: dict, log: list[str]) -> None:
