@@ -87,11 +87,13 @@ def _ambiguity(x: torch.Tensor, tensor_scale: torch.Tensor, policy: str) -> tupl
     for i in range(0, 16, 2):
         norm = _fma16(a[:, i : i + 2], a[:, i : i + 2], norm)
     norm = norm[:, 0] + norm[:, 1]
-    approximate = []
+    approximate, r_error, s_error = [], 0, 0
     for number, code in enumerate(codes):
         relative = torch.ldexp(decode_e4m3(code), -binade)
-        big_r = (m / relative / 4096).numpy().astype(np.float16)[:, None]
-        minus_s = (relative / m * -4096).numpy().astype(np.float16)[:, None]
+        exact_r, exact_s = (m / relative / 4096).numpy(), (relative / m * -4096).numpy()
+        big_r, minus_s = exact_r.astype(np.float16)[:, None], exact_s.astype(np.float16)[:, None]
+        r_error = np.maximum(r_error, np.abs(big_r[:, 0] / exact_r - 1) * 2048)
+        s_error = np.maximum(s_error, np.abs(minus_s[:, 0] / exact_s - 1) * 2048)
         q = ((a * big_r).view(np.uint16) + 0x100) & 0xFE00
         if offsets[number] < 0:
             q = np.minimum(q, 0x0E00)
@@ -105,8 +107,10 @@ def _ambiguity(x: torch.Tensor, tensor_scale: torch.Tensor, policy: str) -> tupl
         approximate.append(error)
     approximate = np.stack(approximate).astype(np.float32)
     least, norm = np.nanmin(approximate, axis=0), norm.astype(np.float32)
-    big_a, big_b, big_c = 1.0175, 2.03 / 2048, 1 / 32768
-    limit = (big_a * np.sqrt(least) + big_b * np.sqrt(norm)) ** 2 + big_c
+    delta = (1.75 * r_error + 1) / 2048
+    of_least, big_b, big_c = 1.0129 * (1 + delta / (0.25 - delta) ** 2), 2.03 / 2048, 1 / 32768
+    assert (of_least < 1.0175**2).all() and (s_error <= 1).all()
+    limit = of_least * least + 2 * 1.0175 * big_b * s_error * np.sqrt(least * norm) + big_b**2 * norm + big_c
     left = approximate <= (limit * 1.001).astype(np.float16).astype(np.float32)
     correct = (left & (codes == winner).numpy()).any(axis=0)
     return float((left.sum(axis=0) > 1).sum() / max(1, len(a))), int((~correct).sum())
@@ -145,6 +149,7 @@ def test_tables_of_a_scale_that_is_a_power_of_two() -> None:
 def test_source_compiles(arch):
     for policy, dtype, scale, outputs in (
         ("absmax", torch.bfloat16, cuda_quantize.TENSOR, {"packed": True}),
+        ("paper", torch.bfloat16, cuda_quantize.TENSOR, {"packed": True, "flat": True}),
         ("paper", torch.float16, cuda_quantize.ROW, {"packed": True, "swizzled": True}),
         ("exact", torch.bfloat16, cuda_quantize.COMPUTED, {"packed": False, "values": True}),
         ("offsets:-20,0,9", torch.float16, cuda_quantize.COMPUTED, {"packed": True, "values": True}),
@@ -156,15 +161,21 @@ def test_source_compiles(arch):
 @pytest.mark.parametrize("rows", [1, 3, 64, 4096])
 @pytest.mark.parametrize("blocks", [1, 5, 64, 256, 257, 512, 1792, 5000])
 def test_plans_cover_all_blocks_once(rows, blocks):
-    for scale in (cuda_quantize.TENSOR, cuda_quantize.ROW, cuda_quantize.COMPUTED):
+    for scale in (cuda_quantize.ROW, cuda_quantize.COMPUTED):
         for processors in (1, 84, 132):
-            plan = cuda_quantize.plan(rows, blocks, scale, processors)
-            all_blocks = rows * blocks if scale == cuda_quantize.TENSOR else blocks
-            parts = plan.grid[0] if scale == cuda_quantize.TENSOR else plan.grid[1]
-            assert scale == cuda_quantize.TENSOR or plan.grid[0] == rows
-            assert (parts - 1) * plan.share < all_blocks <= parts * plan.share
-            offsets = cuda_quantize.offsets_of("window:-8,7")
-            assert plan.share <= 2048 and cuda_quantize.shared_bytes(offsets, plan.share) <= 48 * 1024
+            plan = cuda_quantize.plan(rows, blocks, scale, processors, 9)
+            assert plan.grid[0] == rows and plan.share <= 2048
+            assert (plan.grid[1] - 1) * plan.share < blocks <= plan.grid[1] * plan.share
+
+
+def test_plans_of_all_rows_are_whole_waves():
+    for rows, blocks, expected in ((1, 1, 1), (3, 100, 2), (1, 256 * 528, 528), (4096, 512, 528)):
+        plan = cuda_quantize.plan(rows, blocks, cuda_quantize.TENSOR, 132, 9)
+        assert plan.grid == (expected, 1, 1)
+    assert cuda_quantize.plan(8192, 512, cuda_quantize.TENSOR, 132, 1).grid == (4 * 8 * 132, 1, 1)
+    for policy in ("window:-8,7", "window:-7,8", "offsets:-20,0,9"):
+        offsets = cuda_quantize.offsets_of(policy)
+        assert 4 * (cuda_quantize.shared_bytes(offsets, plan.threads) + 1024) <= 227 * 1024
 
 
 def test_what_the_kernel_cannot_do_is_refused():

@@ -22,6 +22,7 @@
 //    T = (A sqrt(m) + B |a|)^2 + C,
 //    A = sqrt(1 + alpha) * sqrt((1 + 11 u) / (1 - 11 u)) * (1 + 2 u) < 1.0175,
 //    B = u (sqrt(1 + alpha) + 1) sqrt(1 + 11 u) < 2.02 u; |a|^2 is summed in fp16 too (9 u), hence 2.03 u,
+//    and less of both where the R and S looked up are known to be off by less than u (slack_of),
 //    C = 2^-15 for what is subnormal (2^-25 each in d, a and the sums) and the reference's own roundings.
 #pragma once
 
@@ -91,29 +92,56 @@ __device__ constexpr int base_of(int row) {
     return row < 8 ? 64 + row : 127 - P::top + row - 8;
 }
 
-// The candidates that can be the winner: bit i for candidate i. a: the elements, if they are not all.
-// table: of each row, R and -S of each candidate, each twice. A candidate beyond 126 that repeats another is NaN,
-// which never wins.
+// What the errors of the packed search can be off by: T is of_least m + of_root sqrt(m n), and a little that
+// candidates_left adds.
+struct Slack {
+    float of_least, of_root;
+};
+
+constexpr float MORE = 1.001f;  // of T, so that rounding it down to fp16 does no harm
+
+// r, s: the largest relative errors of R and of S in units of u. At the midpoint 1.75, where it counts most (as much at
+// 3.5), t is off by 1.75 r u through R and by u through the product.
+__device__ constexpr Slack slack_of(float r, float s) {
+    const float delta = (1.75f * r + 1) / 2048, alpha = delta / ((0.25f - delta) * (0.25f - delta));
+    return {1.0129f * MORE * (1 + alpha), 2 * 1.0175f * MORE * (2.03f / 2048) * s};
+}
+
+// The row of a base that the packed search takes.
 template <class P>
-__device__ __forceinline__ u32 approximate_search(
-    const Block& block, const Unit& unit, const uint4* table, u32 (&a)[8])
-{
-    const int shift = unit.exponent - (block.base >> 3) + 7;  // a = |x| 2^shift
-    // fp16: the factor is a power of two from 2^-24 to 2^15. bf16: products 2^112 times smaller are bf16 whose
-    // exponent and mantissa, three bits to the left, are fp16's.
+__device__ __forceinline__ int row_of_base(int base) {
+    return P::top && base > MAX_CODE - P::top ? base - (127 - P::top) + 8 : base & 7;
+}
+
+// What makes elements of magnitudes, twice; 0 for a base that the packed search does not take.
+// fp16: a power of two from 2^-24 to 2^15. bf16: products 2^112 times smaller are bf16 whose exponent and mantissa,
+// three bits to the left, are fp16's.
+template <class P>
+__device__ __forceinline__ u32 factor_of(int base, const Unit& unit) {
+    const int shift = unit.exponent - (base >> 3) + 7;  // a = |x| 2^shift
     const int low = HALF ? shift + 24 : shift - 112 + 133, normal = HALF ? 10 : 7;
-    if (block.base < 8 - min(P::lowest, 0) || block.v > 464.0f || low < 0 || low > (HALF ? 39 : 260)) return P::all;
-    const u32 factor = (low < normal ? 1u << low : (u32)(low - normal + 1) << normal) * 0x10001u;
-    u32 norm = 0;
+    if (base < 8 - min(P::lowest, 0) || low < 0 || low > (HALF ? 39 : 260)) return 0;
+    return (low < normal ? 1u << low : (u32)(low - normal + 1) << normal) * 0x10001u;
+}
+
+__device__ __forceinline__ void find_elements(const Block& block, u32 factor, u32 (&a)[8]) {
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const u32 magnitudes = block.x[i] & ~SIGNS;
         a[i] = HALF ? mul_half2(magnitudes, factor) : mul_bf162(magnitudes, factor) << 3;
-        norm = fma_half2(a[i], a[i], norm);
     }
-    const int row =
-        P::top && block.base > MAX_CODE - P::top ? block.base - (127 - P::top) + 8 : block.base & 7;
-    table += row * P::quads;
+}
+
+// The candidates that can be the winner: bit i for candidate i.
+// table: of the base's row, R and -S of each candidate, each twice. A candidate beyond 126 that repeats another is
+// NaN, which never wins. one: 1; where the compiler does not know that, additions are multiply-adds, off the integer
+// pipe that the rest of the rounding fills.
+template <class P>
+__device__ __forceinline__ u32 candidates_left(const u32 (&a)[8], const uint4* table, const Slack& slack, u32 one) {
+    const u32 half_step = 0x01000100u, held = half_step * one;  // in a register, if one is unknown
+    u32 norm = 0;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) norm = fma_half2(a[i], a[i], norm);
 
     u32 errors[2 * P::pairs];
     #pragma unroll
@@ -125,9 +153,9 @@ __device__ __forceinline__ u32 approximate_search(
             u32 sum = 0;
             #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                u32 q = (mul_half2(a[j], r) + 0x01000100u) & 0xFE00FE00u;
+                const u32 t = mul_half2(a[j], r);
                 // At 7 and above it would be 8; absmax itself and larger scales do not reach 6.4.
-                if (P::offset(i) < 0) q = min_half2(q, 0x0E000E00u);
+                const u32 q = (P::offset(i) < 0 ? add_min(t, held, 0x0FFF0FFFu) : t * one + half_step) & 0xFE00FE00u;
                 const u32 d = fma_half2(q, s, a[j]);
                 sum = fma_half2(d, d, sum);
             }
@@ -146,14 +174,27 @@ __device__ __forceinline__ u32 approximate_search(
     }
     const float m = half_to_float(min_half2(least, least >> 16) & 0xFFFFu);
     const float n = half_to_float(add_half2(norm, norm >> 16) & 0xFFFFu);
-    constexpr float A = 1.0175f, B = 2.03f / 2048, C = 1.0f / 32768;
-    const float limit = A * A * m + 2 * A * B * square_root(m * n) + B * B * n + C;
-    // A little more, so that rounding it down does no harm; bit 15 then takes no part in the differences.
-    const u32 limits = to_half2(limit * 1.001f, limit * 1.001f) | SIGNS;
-    u32 flags = 0;
+    constexpr float B = 2.03f / 2048, C = 1.0f / 32768;
+    const float limit =
+        fmaf(slack.of_least, m, fmaf(slack.of_root, square_root(m * n), fmaf(B * B * MORE, n, C * MORE)));
+    const u32 limits = to_half2(limit, limit);
+    // Flags as bits of 1024 and more.
+    u32 flags = 0x64006400u;
     #pragma unroll
-    for (int i = 0; i < P::pairs; ++i) flags = flags >> 1 | ((limits - pairs[i]) & SIGNS);
-    return (flags >> (16 - P::pairs) & ((1u << P::pairs) - 1)) | flags >> (32 - P::pairs) << P::pairs;
+    for (int i = 0; i < P::pairs; ++i)
+        flags = fma_half2(at_most(pairs[i], limits), (u32)((15 + i) << 10) * 0x10001u, flags);
+    return (flags & 0xFFu) | (flags >> 16 & 0xFFu) << P::pairs;
+}
+
+// The same of a block, and its elements if it can be done so; all candidates if not.
+template <class P>
+__device__ __forceinline__ u32 approximate_search(
+    const Block& block, const Unit& unit, const uint4* table, u32 (&a)[8])
+{
+    const u32 factor = factor_of<P>(block.base, unit);
+    if (factor == 0 || block.v > 464.0f) return P::all;
+    find_elements(block, factor, a);
+    return candidates_left<P>(a, table + row_of_base<P>(block.base) * P::quads, slack_of(1, 1), 1);
 }
 
 // --- a tensor scale that is a power of two ------------------------------------------------------------------

@@ -1,14 +1,16 @@
 // NVFP4 with searched block scales: the bits of search.py (metric mse, policies made of offsets).
 //
 // A thread takes a block of 16 values. It tries all candidates in packed fp16, and knows how far that may be from
-// the reference's fp32 errors (nvfp4_search.cuh). If one candidate alone can be the winner, it is; otherwise the
-// block goes to a queue in shared memory, and full warps compute the exact errors of the candidates that are left.
-// The winner's codes too come out of packed fp16, except where an element lies too near a midpoint; those blocks
-// go the same way.
+// the reference's fp32 errors (nvfp4_search.cuh). If one candidate alone can be the winner, it is. The winner's
+// codes too come out of packed fp16, except where an element lies too near a midpoint.
+//
+// Other blocks go to queues in shared memory, which each warp has for itself and empties whenever there is a block
+// for each of its lanes, so that nothing waits for other warps: one queue for blocks with at most two candidates
+// left, whose exact errors are straight code, one for the rest. What is in the queues in the end is shared out anew.
 //
 // Macros: HALF (0: bf16, 1: fp16), COUNT and OFFSETS (a list, ascending), LOWEST and HIGHEST of them, SCALE (0:
-// one tensor scale, 1: one a row, 2: computed here from each row), PACKED (0: no codes, 1: codes and scales, 2:
-// scales in 128x4 tiles), VALUES (1: dequantized values and residual), THREADS.
+// one tensor scale, 1: one a row, 2: computed here from each row), FLAT (1, for SCALE 0: x has a single row), PACKED
+// (0: no codes, 1: codes and scales, 2: scales in 128x4 tiles), VALUES (1: dequantized values and residual), THREADS.
 
 #define BOUNDED (SCALE != 2)  // tensor scales that come from x leave nothing above it
 #include "nvfp4_search.cuh"
@@ -26,11 +28,44 @@ constexpr u32 ALL = Policy::all;
 
 __device__ constexpr int offset_list[COUNT] = {OFFSETS};
 
-// What a thread block shares, besides the table and the queue.
+constexpr int WARPS = THREADS / 32;
+constexpr bool MANY_ROWS = SCALE == 0 && !FLAT;  // of a thread block
+
+// Thread blocks that a multiprocessor is to hold at a time, where that is how many there are.
+constexpr int RESIDENT = SCALE ? 1 : (COUNT > 1 ? 1024 : 2048) / THREADS;
+
+// What a thread block shares, besides the table and the queues.
 struct Shared {
-    u32 queued, row_amax;
+    u32 row_amax;
+    int queued[2][WARPS];  // in the end
     int offsets[COUNT];
     float inverses[127];  // 1 / scale of each code, correctly rounded
+};
+static_assert(sizeof(Shared) <= 640);
+
+// What the packed search knows of a base.
+struct Base {
+    u32 factor;  // see factor_of
+    int row;  // of the table
+};
+
+// A candidate, when it has won: R, twice; what is added to the products, twice; what of the sums is zero where the
+// side of a midpoint is in doubt, twice; the offset.
+struct alignas(16) Rounder {
+    u32 r, half_step, doubt;
+    int offset;
+};
+
+// The largest relative errors in a row of the table, as the bits of floats.
+struct Errors {
+    u32 r, s;
+};
+
+constexpr u32 NOT_FINITE = 1u << 16;
+
+// Blocks that wait for all lanes of a warp to have one: fewer than 32, and 32 more.
+struct Queue {
+    uint4 entries[64];  // row, column, candidates or NOT_FINITE, base
 };
 
 #if __CUDA_ARCH__ >= 1000
@@ -45,27 +80,50 @@ __device__ __forceinline__ u32 to_e2m1(float low, float high) {
 
 // --- a block ---------------------------------------------------------------------------------------------
 
-// The winning code among the candidates of `mask`, as the reference finds it.
-__device__ __forceinline__ int exact_search(const Block& block, float reciprocal, u32 mask, const Shared& shared) {
-    float y[16];
+__device__ __forceinline__ int candidate(int base, int i, const Shared& shared) {
+    return clamped(base + shared.offsets[i]);
+}
+
+// |y| of a block, bounded if `bound`, which is not needed where the packed search has been used.
+__device__ __forceinline__ void find_y(const Block& block, float reciprocal, bool bound, float (&y)[16]) {
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        y[2 * i] = scaled(magnitude<0>(block.x[i]), reciprocal);
-        y[2 * i + 1] = scaled(magnitude<1>(block.x[i]), reciprocal);
+        const float low = magnitude<0>(block.x[i]), high = magnitude<1>(block.x[i]);
+        y[2 * i] = bound ? scaled(low, reciprocal) : low * reciprocal;
+        y[2 * i + 1] = bound ? scaled(high, reciprocal) : high * reciprocal;
     }
-    int best = 0;
+}
+
+// The winning code among the candidates of `mask`, as the reference finds it.
+__device__ __forceinline__ int exact_search(const float (&y)[16], int base, u32 mask, const Shared& shared) {
+    int best = MIN_CODE;
     float least = __uint_as_float(0x7F800000u);
     #pragma unroll 1
     for (; mask; mask &= mask - 1) {
-        const int code = clamped(block.base + shared.offsets[__ffs(mask) - 1]);
+        const int code = candidate(base, __ffs(mask) - 1, shared);
         const float error = exact_error(y, scale_of(code), shared.inverses[code]);
         if (error < least) least = error, best = code;
     }
     return best;
 }
 
-// R and -S of candidate i in a row, as `approximate_search` looks them up.
-__device__ __forceinline__ uint2 table_entry(int row, int i, float m, const Shared& shared) {
+// The same of one or two candidates.
+__device__ __forceinline__ int exact_choice(const float (&y)[16], int base, u32 mask, const Shared& shared) {
+    const int low = candidate(base, __ffs(mask) - 1, shared), high = candidate(base, 31 - __clz(mask), shared);
+    const float error = exact_error(y, scale_of(low), shared.inverses[low]);
+    return exact_error(y, scale_of(high), shared.inverses[high]) < error ? high : low;
+}
+
+// R and -S of candidate i in a row, as `candidates_left` looks them up, and the rounder.
+//
+// In units of its last place, t = fp16(a R) is off by half a unit, and through an R that is off by e 2^-11 R by 7/8 e
+// more at the largest of the midpoints (1.75 and 3.5). So the true t may be on either side of a midpoint where the
+// computed one is the midpoint, and also where it is the number above (below) if R is too large (small), unless e is
+// small. half_step makes those two sums 0 and 1 beyond the step. The reference's own roundings, 2^-20 t, are 1/500 of
+// a unit.
+__device__ __forceinline__ uint2 table_entry(
+    int row, int i, float m, const Shared& shared, Rounder& rounder, Errors& largest)
+{
     const uint2 never = make_uint2(0x7FFF7FFFu, 0x7FFF7FFFu);
     if (i >= COUNT) return never;
     const int base = base_of<Policy>(row);
@@ -73,7 +131,16 @@ __device__ __forceinline__ uint2 table_entry(int row, int i, float m, const Shar
     if (row >= 8 && i > 0 && base + shared.offsets[i - 1] >= MAX_CODE) return never;
     const float relative = scale_of(code) * __uint_as_float((u32)(134 - (base >> 3)) << 23);  // times 2^-E
     const float r = m * inverse_of(relative) * (1.0f / 4096), s = relative * inverse_of(m) * -4096.0f;
-    return make_uint2(to_half2(r, r), to_half2(s, s));
+    const u32 rounded_r = to_half2(r, r), rounded_s = to_half2(s, s);
+    const float rest = r - half_to_float(rounded_r & 0xFFFFu);
+    const bool close = fabsf(rest) <= r * (0.56f / 2048);
+    rounder = {rounded_r, !close && rest > 0 ? 0x01010101u : 0x01000100u, close ? 0x01FF01FFu : 0x01FE01FEu,
+               shared.offsets[i]};
+    // In units of 2^-11, and what the arithmetic here is off by; as integers, floats above 0 are in the same order.
+    atomicMax(&largest.r, __float_as_uint(fabsf(rest) * inverse_of(r) * 2048 + 0.002f));
+    const float rest_of_s = s - half_to_float(rounded_s & 0xFFFFu);
+    atomicMax(&largest.s, __float_as_uint(fabsf(rest_of_s * inverse_of(s)) * 2048 + 0.002f));
+    return make_uint2(rounded_r, rounded_s);
 }
 
 struct Outputs {
@@ -92,37 +159,29 @@ __device__ __forceinline__ void write_scale(const Outputs& out, int code, u32 in
 
 // Codes of a block out of its elements a, in packed fp16, and its scale; false, and nothing is written, where an
 // element is so near a midpoint that this cannot tell.
-//
-// R = 2^-2 m 2^E / s is the sum of two halves, good to 2^-21. Then fma(a, high, fp16(a low)) is t 2^-4 rounded to
-// fp16, and so is, another time, t 2^-14 for the subnormals' sake. Midpoints are fp16 numbers, so neither rounding
-// takes a t from one side of a midpoint to the other, only to the midpoint: there alone the side is unknown. What
-// is on top of those roundings, here and in the reference (2^-20 t), is less than half a step of fp16.
 __device__ __forceinline__ bool write_packed(
-    const Block& block, const u32 (&a)[8], int code, const Unit& unit, const Shared& shared, const Outputs& out,
-    u32 index, int row, int column)
+    const Block& block, const u32 (&a)[8], int code, const Rounder& rounder, const Outputs& out, u32 index, int row,
+    int column)
 {
-    const float r = shared.inverses[code] * unit.m * __uint_as_float((u32)(118 + (block.base >> 3)) << 23);
-    const u32 high = to_half2(r, r);
-    const float rest = r - half_to_float(high & 0xFFFFu);
-    const u32 low = to_half2(rest, rest);
-    u32 nibbles[8], nearest = 0x01FF01FFu;
+    u32 sums[8], nearest = rounder.doubt;
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const u32 t = mul_half2(fma_half2(a[i], high, mul_half2(a[i], low)), 0x14001400u);  // 2^-10
-        u32 sum = t + 0x01000100u;
-        nearest = min_half2(nearest, sum & 0x01FF01FFu);
-        if (LOWEST < 0) sum = min_half2(sum, 0x0FFF0FFFu);
-        // The code comes below the sign; what is below the code is dropped later.
-        nibbles[i] = (sum << 3 & ~SIGNS) | (block.x[i] & SIGNS);
+        const u32 t = mul_half2(a[i], rounder.r);
+        const u32 sum = LOWEST < 0 ? add_min(t, rounder.half_step, 0x0FFF0FFFu) : t + rounder.half_step;
+        nearest = min_half2(nearest, sum & rounder.doubt);
+        sums[i] = selected(SIGNS, block.x[i], sum);
     }
-    if (min(nearest & 0xFFFFu, nearest >> 16) == 0) return false;
+    if ((nearest & 0xFFFFu) == 0 || nearest >> 16 == 0) return false;
     u32 words[2];
     #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const u32* n = nibbles + 4 * i;
-        const u32 even = __byte_perm(__byte_perm(n[0], n[1], 0x0051), __byte_perm(n[2], n[3], 0x0051), 0x5410);
-        const u32 odd = __byte_perm(__byte_perm(n[0], n[1], 0x0073), __byte_perm(n[2], n[3], 0x0073), 0x5410);
-        words[i] = (even >> 4 & 0x0F0F0F0Fu) | (odd & 0xF0F0F0F0u);
+        // Of even and of odd elements four bytes each: the sign, three zeros, the code and a bit below it.
+        const u32* n = sums + 4 * i;
+        const u32 low = __byte_perm(n[0], n[1], 0x7531), high = __byte_perm(n[2], n[3], 0x7531);
+        const u32 even = __byte_perm(low, high, 0x6420), odd = __byte_perm(low, high, 0x7531);
+        const u32 even_code = selected(0x07070707u, even >> 1, even >> 4);
+        const u32 odd_code = selected(SIGNS | SIGNS >> 8, odd, odd << 3);
+        words[i] = selected(0x0F0F0F0Fu, even_code, odd_code);
     }
     out.packed[index] = make_uint2(words[0], words[1]);
     write_scale(out, code, index, row, column);
@@ -131,30 +190,29 @@ __device__ __forceinline__ bool write_packed(
 
 // Codes and values of a block under the scale of `code`. index: among all blocks; column: in its row.
 __device__ __forceinline__ void write(
-    const Block& block, int code, float reciprocal, float fold, const Shared& shared, const Outputs& out,
-    u32 index, int row, int column)
+    const Block& block, const float (&y)[16], int code, bool finite, float fold, const Shared& shared,
+    const Outputs& out, u32 index, int row, int column)
 {
-    const bool finite = block.amax < INFINITE;
     const float inverse = shared.inverses[code];
     u32 codes[2], values[8];
     #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const u32* x = block.x + 4 * half;
+        const float* of_half = y + 8 * half;
         u32 parts[2];
 #if __CUDA_ARCH__ >= 1000
         #pragma unroll
         for (int i = 0; i < 4 * (PACKED > 0); ++i) {
-            const u32 both = to_e2m1(magnitude<0>(x[i]) * reciprocal * inverse,
-                                     magnitude<1>(x[i]) * reciprocal * inverse);
+            const u32 both = to_e2m1(of_half[2 * i] * inverse, of_half[2 * i + 1] * inverse);
             parts[i / 2] = i % 2 ? parts[i / 2] | both << 8 : both;
         }
 #endif
         #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (HARDWARE_E2M1 && !VALUES) continue;
-            float low_power, high_power;  // the limit of y is far above any 6 * scale
-            const float low = rounded(magnitude<0>(x[i]) * reciprocal * inverse, low_power);
-            const float high = rounded(magnitude<1>(x[i]) * reciprocal * inverse, high_power);
+            float low_power, high_power;
+            const float low = rounded(of_half[2 * i] * inverse, low_power);
+            const float high = rounded(of_half[2 * i + 1] * inverse, high_power);
             if (PACKED && !HARDWARE_E2M1) {
                 const u32 l = __float_as_uint(low), h = __float_as_uint(high);
                 const u32 both = (l + (l >> 22)) + (h + (h >> 22)) * 16;
@@ -194,25 +252,34 @@ __device__ __forceinline__ void write(
 // x: rows of 16 * blocks 16-bit values, x_stride apart, 16-byte aligned. tensor_scale: fp32, one (SCALE 0) or one
 // a row (1); for SCALE 2 written, unless null. packed: (rows, 8 * blocks) bytes. scales: (rows, blocks), or tiles
 // (padding is not written). values: (rows, 16 * blocks). residual: fp32, one a row, or one (SCALE 0).
-// A thread block takes `share` blocks: of all, block after block (SCALE 0), or of row blockIdx.x, in the order of
-// blockIdx.y. Shared memory: 640 bytes, the table's TABLE_ROWS * QUADS * 16, and 4 * share if COUNT > 1.
-extern "C" __global__ void __launch_bounds__(THREADS) quantize_nvfp4(
+// SCALE 0: thread blocks, as many as the GPU holds, take turns. Else a thread block takes `share` blocks of row
+// blockIdx.x, in the order of blockIdx.y. gridDim.z: 1.
+// Shared memory: 640 bytes; if the packed search can be used 128 * 8, 16 * 8, and TABLE_ROWS * QUADS times 16 and 32;
+// if COUNT > 1 THREADS * 64.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
     const u16* __restrict__ x, float* __restrict__ tensor_scale, uint2* __restrict__ packed,
     u8* __restrict__ scales, uint4* __restrict__ values, float* __restrict__ residual,
     int x_stride, int rows, int blocks, int share)
 {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *(Shared*)memory;
-    uint4* table = (uint4*)(memory + 640);
-    u32* queue = (u32*)(table + TABLE_ROWS * QUADS);
+    Base* bases = (Base*)(memory + 640);
+    Slack* slacks = (Slack*)(bases + 128);  // of the table's rows; their Errors before
+    uint4* table = (uint4*)(slacks + 16);
+    Rounder* rounders = (Rounder*)(table + TABLE_ROWS * QUADS);
+    Queue* queues = APPROXIMATE ? (Queue*)(rounders + TABLE_ROWS * QUADS * 2) : (Queue*)bases;
     const int tid = threadIdx.x;
     const Outputs out = {packed, scales, values, blocks};
 
     const int first_row = SCALE ? blockIdx.x : 0;
-    const int first = SCALE ? blockIdx.y * share : blockIdx.x * share;
-    const int last = min(first + share, SCALE ? blocks : rows * blocks);
-    if (tid == 0) shared.queued = 0, shared.row_amax = 0;
+    const int first = SCALE ? blockIdx.y * share : blockIdx.x * THREADS;
+    const int last = SCALE ? min(first + share, blocks) : rows * blocks;
+    const int stride = SCALE ? THREADS : gridDim.x * THREADS;
+    if (tid == 0) shared.row_amax = 0;
+    if (APPROXIMATE && tid < 16) ((Errors*)slacks)[tid] = {};
+    #pragma unroll 1
     for (int i = tid; i < COUNT; i += THREADS) shared.offsets[i] = offset_list[i];
+    #pragma unroll 1
     for (int code = tid + MIN_CODE; code <= MAX_CODE; code += THREADS) shared.inverses[code] = 1.0f / scale_of(code);
 
     float scale;
@@ -248,49 +315,132 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_nvfp4(
     }
     const Unit unit = unit_of(reciprocal);
     __syncthreads();
-    for (int i = tid; i < TABLE_ROWS * QUADS * 2; i += THREADS)
-        ((uint2*)table)[i] = table_entry(i / (QUADS * 2), i % (QUADS * 2), unit.m, shared);
-    __syncthreads();
-
-    auto row_of = [&](int at) { return SCALE ? first_row : at / blocks; };
-    auto column_of = [&](int at, int row) { return SCALE ? at : at - row * blocks; };
-    auto address = [&](int row, int column) { return x + (size_t)(u32)row * (u32)x_stride + (u32)column * 16; };
-
-    const u32 before = SCALE ? first_row * blocks : 0;
-    int row = row_of(first + tid), column = column_of(first + tid, row);
-    for (int at = first + tid; at < last; at += THREADS) {
-        Block block;
-        load(block, address(row, column));
-        find_base(block, reciprocal);
-        if (COUNT == 1) {
-            write(block, clamped(block.base + LOWEST), reciprocal, fold, shared, out, before + at, row, column);
-        } else {
-            u32 mask = 1, a[8];  // for zeros, and where nobody asks
-            bool known = false;
-            if (block.amax - 1 < INFINITE - 1) {
-                mask = APPROXIMATE ? approximate_search<Policy>(block, unit, table, a) : ALL;
-                if (APPROXIMATE && (mask & (mask - 1)) == 0) {
-                    const int code = clamped(block.base + shared.offsets[__ffs(mask) - 1]);
-                    known = VALUES || write_packed(block, a, code, unit, shared, out, before + at, row, column);
-                    if (VALUES) write(block, code, reciprocal, fold, shared, out, before + at, row, column);
-                }
-            }
-            if (!known) queue[atomicAdd(&shared.queued, 1u)] = (u32)(at - first) | mask << 16;
+    if (APPROXIMATE) {
+        #pragma unroll 1
+        for (int i = tid; i < TABLE_ROWS * QUADS * 2; i += THREADS) {
+            const int row = i / (QUADS * 2);
+            ((uint2*)table)[i] =
+                table_entry(row, i - row * QUADS * 2, unit.m, shared, rounders[i], ((Errors*)slacks)[row]);
         }
-        column += THREADS;
-        if (!SCALE) while (column >= blocks) column -= blocks, ++row;
+        #pragma unroll 1
+        for (int code = tid; code < 128; code += THREADS)
+            bases[code] = {factor_of<Policy>(code, unit), row_of_base<Policy>(code)};
+        __syncthreads();
+        if (tid < TABLE_ROWS) {
+            const Errors largest = ((Errors*)slacks)[tid];
+            slacks[tid] = slack_of(__uint_as_float(largest.r), __uint_as_float(largest.s));
+        }
+        __syncthreads();
     }
-    if (COUNT == 1) return;
-    __syncthreads();
-    for (u32 i = tid; i < shared.queued; i += THREADS) {
-        const int at = first + (queue[i] & 0xFFFFu);
-        const int row = row_of(at), column = column_of(at, row);
-        Block block;
-        load(block, address(row, column));
-        find_base(block, reciprocal);
-        const u32 mask = queue[i] >> 16;
-        const int code = mask & (mask - 1) ? exact_search(block, reciprocal, mask, shared)
-                                           : clamped(block.base + shared.offsets[__ffs(mask) - 1]);
-        write(block, code, reciprocal, fold, shared, out, before + at, row, column);
+
+    auto address = [&](int row, int column) { return x + (size_t)(u32)row * (u32)x_stride + (size_t)(u32)column * 16; };
+    auto index_of = [&](int row, int column) { return (u32)(row * blocks + column); };
+
+    // Of the next block; where there are many rows, `at` counts the blocks of all.
+    int at = first + tid;
+    int row = MANY_ROWS ? at / blocks : first_row, column = MANY_ROWS ? at - row * blocks : at;
+    const int row_stride = MANY_ROWS ? stride / blocks : 0, column_stride = stride - row_stride * blocks;
+
+    const int lane = tid % 32;
+    const u32 one = gridDim.z;  // which the compiler does not know
+    // The last 32 blocks of a queue, or those that there are, by exact arithmetic.
+    auto resolve = [&](const Queue& queue, int& queued, bool few) {
+        const int count = min(queued, 32);
+        queued -= count;
+        __syncwarp();
+        if (lane < count) {
+            const uint4 entry = queue.entries[queued + lane];
+            const int row = MANY_ROWS ? entry.x : first_row, column = entry.y;
+            Block block;
+            load(block, address(row, column));
+            float y[16];
+            find_y(block, reciprocal, !few, y);
+            const int base = entry.w, code = few ? exact_choice(y, base, entry.z, shared)
+                                                 : exact_search(y, base, entry.z & 0xFFFFu, shared);
+            const bool finite = few || !(entry.z & NOT_FINITE);
+            write(block, y, code, finite, fold, shared, out, index_of(row, column), row, column);
+        }
+        __syncwarp();
+    };
+    Queue& few = queues[tid / 32 * 2];
+    Queue& many = queues[tid / 32 * 2 + 1];
+    int few_queued = 0, many_queued = 0;
+    auto push = [&](Queue& queue, int& queued, bool mine, u32 mask, int base) {
+        const u32 lanes = __ballot_sync(~0u, mine);
+        if (lanes == 0) return;
+        if (mine) queue.entries[queued + __popc(lanes & ((1u << lane) - 1))] = make_uint4(row, column, mask, base);
+        queued += __popc(lanes);
+    };
+
+    // All that is left in the warps' queues of a kind, 32 to each: from the first warp on, or from the last.
+    auto share_out = [&](int kind, Queue& queue, int& queued) {
+        if (lane == 0) shared.queued[kind][tid / 32] = queued;
+        __syncthreads();
+        int warp = 0, i = kind ? THREADS - 1 - tid : tid;
+        #pragma unroll 1
+        while (warp < WARPS && i >= shared.queued[kind][warp]) i -= shared.queued[kind][warp++];
+        const bool mine = warp < WARPS;
+        uint4 entry;
+        if (mine) entry = queues[2 * warp + kind].entries[i];
+        __syncthreads();
+        const u32 lanes = __ballot_sync(~0u, mine);
+        queued = __popc(lanes);
+        if (mine) queue.entries[__popc(lanes & ((1u << lane) - 1))] = entry;
+    };
+
+    #pragma unroll 1
+    while (true) {
+        const bool more = at - lane < last;
+        enum { DONE, FEW, MANY } left = DONE;
+        u32 mask = 1;
+        int base = 0;
+        if (at < last) {
+            Block block;
+            load(block, address(row, column));
+            find_base(block, reciprocal);
+            base = block.base;
+            if (COUNT == 1) {
+                float y[16];
+                find_y(block, reciprocal, true, y);
+                write(block, y, clamped(base + LOWEST), block.amax < INFINITE, fold, shared, out,
+                      index_of(row, column), row, column);
+            } else if (APPROXIMATE && bases[base].factor != 0 && block.v <= 464.0f) {
+                const Base known = bases[base];
+                u32 a[8];
+                find_elements(block, known.factor, a);
+                mask = candidates_left<Policy>(a, table + known.row * QUADS, slacks[known.row], one);
+                left = FEW;
+                const u32 others = mask & (mask - 1);
+                if (others & (others - 1)) left = MANY;
+                if (others == 0) {
+                    const Rounder rounder = rounders[known.row * QUADS * 2 + __ffs(mask) - 1];
+                    const int code = min(base + rounder.offset, MAX_CODE);
+                    const u32 index = index_of(row, column);
+                    if (VALUES) {
+                        float y[16];
+                        find_y(block, reciprocal, false, y);
+                        write(block, y, code, true, fold, shared, out, index, row, column);
+                    }
+                    if (VALUES || write_packed(block, a, code, rounder, out, index, row, column)) left = DONE;
+                }
+            } else {
+                left = MANY;
+                mask = block.amax >= INFINITE ? NOT_FINITE : block.amax ? ALL : 1;
+            }
+        }
+        if (COUNT > 1) {
+            push(few, few_queued, left == FEW, mask, base);
+            push(many, many_queued, left == MANY, mask, base);
+            const int enough = more ? 32 : 1;
+            if (!more) {
+                share_out(0, few, few_queued);
+                share_out(1, many, many_queued);
+            }
+            if (few_queued >= enough) resolve(few, few_queued, true);
+            if (many_queued >= enough) resolve(many, many_queued, false);
+        }
+        if (!more) break;
+        at += stride, column += column_stride, row += row_stride;
+        if (MANY_ROWS && column >= blocks) column -= blocks, ++row;
     }
 }

@@ -20,9 +20,11 @@ TENSOR, ROW, COMPUTED = 0, 1, 2
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _THREADS = 256
-_LONGEST_SHARE = 2048  # blocks: eight a thread, so that those left to the exact search fill warps
-_RESIDENT = 4  # thread blocks that a multiprocessor holds at a time, about
+_LONGEST_SHARE = 2048  # blocks of a row: eight a thread, so that those left to the exact search fill warps
+_RESIDENT = 4  # thread blocks that a multiprocessor holds at a time
+_RESIDENT_ABSMAX = 8  # where there is nothing to search
 _HEADER_BYTES = 640
+_QUEUE_BYTES = 64  # a thread
 
 
 def offsets_of(policy: ScalePolicy | str) -> tuple[int, ...]:
@@ -40,20 +42,20 @@ def offsets_of(policy: ScalePolicy | str) -> tuple[int, ...]:
 
 def defines(
     offsets: tuple[int, ...], dtype: torch.dtype, scale: int, threads: int, *,
-    packed: bool, swizzled: bool = False, values: bool = False,
+    packed: bool, swizzled: bool = False, values: bool = False, flat: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Macros of the kernel. scale: TENSOR, ROW or COMPUTED."""
+    """Macros of the kernel. scale: TENSOR, ROW or COMPUTED. flat: TENSOR, and one row only."""
     return (
         f"HALF={int(dtype == torch.float16)}", f"COUNT={len(offsets)}",
         f"OFFSETS={','.join(map(str, offsets))}",
-        f"LOWEST={offsets[0]}", f"HIGHEST={offsets[-1]}", f"SCALE={scale}",
+        f"LOWEST={offsets[0]}", f"HIGHEST={offsets[-1]}", f"SCALE={scale}", f"FLAT={int(flat)}",
         f"PACKED={(1 + swizzled) * packed}", f"VALUES={int(values)}", f"THREADS={threads}",
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the blocks are dealt out: `share` of them to each of `grid` thread blocks of `threads`."""
+    """How blocks are dealt out to `grid` thread blocks of `threads`: in turns, or `share` of a row to each."""
 
     threads: int
     share: int
@@ -61,14 +63,13 @@ class Plan:
 
 
 @functools.cache
-def plan(rows: int, blocks: int, scale: int, processors: int) -> Plan:
-    """The plan for rows of `blocks` blocks. processors: the GPU's multiprocessors."""
-    fill = processors * _RESIDENT
+def plan(rows: int, blocks: int, scale: int, processors: int, candidates: int) -> Plan:
+    """The plan for rows of `blocks` blocks. processors: the GPU's multiprocessors. candidates: of a block."""
+    fill = processors * (_RESIDENT if candidates > 1 else _RESIDENT_ABSMAX)
     if scale == TENSOR:
-        total = rows * blocks
-        rounds = max(1, min(_LONGEST_SHARE // _THREADS, total // (fill * _THREADS)))
-        share = rounds * _THREADS
-        return Plan(_THREADS, share, (-(-total // share), 1, 1))
+        # A search empties its queues at a thread block's end: one wave of blocks has the fewest part-full ones.
+        waves = 1 if candidates > 1 else 4
+        return Plan(_THREADS, 0, (min(-(-rows * blocks // _THREADS), waves * fill), 1, 1))
     threads = next((threads for threads in (64, 128) if blocks <= threads), _THREADS)
     parts = max(min(-(-blocks // threads), fill // rows), -(-blocks // _LONGEST_SHARE), 1)
     rounds = -(-blocks // (parts * threads))
@@ -83,11 +84,12 @@ def table_bytes(offsets: tuple[int, ...]) -> int:
     return table_rows * ((len(offsets) + 1) // 2 | 1) * 16
 
 
-def shared_bytes(offsets: tuple[int, ...], share: int) -> int:
+def shared_bytes(offsets: tuple[int, ...], threads: int) -> int:
     """Dynamic shared memory of a thread block; see the kernel."""
     if len(offsets) == 1:
         return _HEADER_BYTES
-    return _HEADER_BYTES + table_bytes(offsets) + 4 * share
+    table = table_bytes(offsets)
+    return _HEADER_BYTES + (128 * 8 + 128 + 3 * table if table else 0) + threads * _QUEUE_BYTES
 
 
 def _run(
@@ -110,7 +112,7 @@ def _run(
     rows, width = x.shape
     NVFP4.check_width(width, "quantize")
     blocks = width // NVFP4.block_size
-    if rows * blocks >= 2**31 - _LONGEST_SHARE or width >= 2**31:
+    if rows * blocks >= 2**31 - 2**20 or width >= 2**31:  # a whole grid further is still an int
         raise ValueError(f"quantize: {tuple(x.shape)} are too many values for one call")
     scale = COMPUTED
     if tensor_scale is not None:
@@ -136,13 +138,17 @@ def _run(
         dequantized = x.new_empty(rows, width)
         residual = x.new_empty(tensor_scale.shape, dtype=torch.float32)
     if rows and width:
-        chosen = plan(rows, blocks, scale, torch.cuda.get_device_properties(x.device).multi_processor_count)
+        flat = scale == TENSOR and not swizzled and x.is_contiguous()
+        if flat:
+            rows, blocks = 1, rows * blocks
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        chosen = plan(rows, blocks, scale, processors, len(offsets))
         macros = defines(
-            offsets, x.dtype, scale, chosen.threads, packed=packed, swizzled=swizzled, values=values
+            offsets, x.dtype, scale, chosen.threads, packed=packed, swizzled=swizzled, values=values, flat=flat
         )
         run = kernel("quantize_nvfp4.cu", "quantize_nvfp4", macros, x.device)
         run(
-            chosen.grid, chosen.threads, shared_bytes(offsets, chosen.share),
+            chosen.grid, chosen.threads, shared_bytes(offsets, chosen.threads),
             x, tensor_scale, codes, scales, dequantized, residual, x.stride(0), rows, blocks, chosen.share,
         )  # fmt: skip
     if packed:
