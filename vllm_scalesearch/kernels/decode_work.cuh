@@ -2,15 +2,17 @@
 //
 // Work. The units of all requests and heads (16 tokens in 16 bits, or 32 stored ones) are one list, cut into
 // equal shares, a block each; so lengths may be as ragged as they like. Warps of a block take units in turns.
-// Where several blocks share a head of a request, the last to finish merges what all found.
+// Where several blocks share a head of a request, what they found is merged: by the last of them to finish, or where
+// a program has many queries by a kernel behind this one (paged_decode_merge.cu), on more multiprocessors than one.
 //
 // A kernel is `decode_work<Program>`. Program has
 //   WARP_BYTES   shared memory of a warp, a multiple of 16, in which it leaves what it found: of each query FOUND
 //                floats, D sums, the maximum of its scores and the total of its P
 //   OUTPUT_UNIT  what sums are to be multiplied by
 //   LEAST        units that a share has at least, or little fewer, if there are as many
-//   TOGETHER     parts that one block merges at once; more are merged by several blocks first. 0: any number, by queries
-//   CHANNELS     of a query that a thread takes when it puts warps together
+//   EVEN         of requests of one length every head has shares of its own, if few blocks are left over
+//   MERGES       the last block merges
+//   CHANNELS     of a query that a thread takes when it puts warps together, 1 or 4
 //   RAGGED       the group is not a multiple of QUERIES, and the last of its programs has fewer
 //   attend       the units of a part, into the warps' memory; every thread of the block calls it
 //
@@ -23,7 +25,6 @@
 constexpr int WARPS = 4;
 constexpr int GROUPS = D / 16;          // groups of 16 channels
 constexpr int K_SCALES = PAGE * D / 2, V_CODES = PAGE * D * 9 / 16, V_SCALES = V_CODES + PAGE * D / 2;
-constexpr int FOUND = D + 2;            // floats that a warp finds of a query
 
 static_assert(D % 32 == 0 && PAGE % 16 == 0 && FULL_PAGE >= 4);
 
@@ -43,8 +44,7 @@ struct Arguments {
     Opaque opaque;
 };
 
-// A kernel's parameters, and Arguments of them. arrived: zeros, and zeros again when the kernel is done; where parts
-// are merged in two steps 2 * gridDim.x of them come first.
+// A kernel's parameters, and Arguments of them. arrived: zeros, and zeros again when the kernel is done, if it merges.
 #define DECODE_PARAMETERS \
     const u16 *q, const u8 *pages, const u16 *full, u16 *output, const int *query_start_loc, const int *seq_lens, \
         const int *block_table, const int *full_block_table, float *partial, float *statistics, int *arrived, \
@@ -118,20 +118,17 @@ __device__ __forceinline__ const u16* whole_token(
            token % FULL_PAGE * (2 * D);
 }
 
-// The units of a part that are in 16 bits, the warp's share of them: visit(tile, low, high), of whose 16 tokens those
-// of [low, high) are seen. Gives the warp's first unit that comes after them.
-template <class Visit>
-__device__ __forceinline__ int visit_whole(const Part& part, int warp, Visit visit) {
-    const Ranges& r = part.ranges;
-    const int sink_units = r.sink_units(), end = min(part.last, part.whole_units());
-    int unit = part.first + warp;
-    for (; unit < end; unit += WARPS) {
+// A unit of tokens in 16 bits: of the 16 of a tile those in [low, high).
+struct WholeUnit {
+    int tile, low, high;
+
+    __device__ __forceinline__ WholeUnit(const Ranges& r, int unit) {
+        const int sink_units = r.sink_units();
         const bool sink = unit < sink_units;
-        const int low = sink ? r.low : r.newest, high = sink ? r.sink_end : r.length;
-        visit(low / 16 + (sink ? unit : unit - sink_units), low, high);
+        low = sink ? r.low : r.newest, high = sink ? r.sink_end : r.length;
+        tile = low / 16 + (sink ? unit : unit - sink_units);
     }
-    return unit;
-}
+};
 
 // --- softmax ---------------------------------------------------------------------------------------
 
@@ -143,21 +140,137 @@ __device__ __forceinline__ float capped(float score, float scale, float cap) {
     return score;
 }
 
-
 __device__ __forceinline__ float weight_of(float maximum, float all) {
     return maximum == -INFINITY ? 0.0f : exp2_approx(maximum - all);
 }
 
-// --- what blocks found -----------------------------------------------------------------------------
+// --- shares ----------------------------------------------------------------------------------------
 
-// Parts of a head of a request: the blocks from `from` on, each `step`-th, `count` of them. A block leaves the first
-// and the last part of its share at its two slots; of the first of these blocks it is the second where `late` is 1.
-struct Parts {
-    int from, step, count, late;
-    __device__ __forceinline__ int slot(int n) const { return 2 * (from + step * n) + (n ? 0 : late); }
+template <class Number>
+__device__ __forceinline__ Number sum_of_lanes(Number x) {
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+}
+
+// Units of a head of a request. All loads go at once, so no branch may come between them.
+__device__ __forceinline__ int units_of(
+    const int* query_start_loc, const int* seq_lens, int requests, int request) {
+    const int at = min(request, requests - 1);
+    const int some = query_start_loc[at + 1] - query_start_loc[at];
+    const int none = (-some >> 31) + 1 | request >= requests;
+    return Ranges(seq_lens[at] & none - 1).units();
+}
+
+// Of all requests: units, how many have any, and units of those before `request`.
+struct Totals {
+    int units = 0, present = 0, before = 0;
+
+    __device__ __forceinline__ Totals(
+        const int* query_start_loc, const int* seq_lens, int requests, int request, int lane) {
+#pragma unroll 1
+        for (int from = lane; from < requests; from += 128) {
+            int count[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) count[i] = units_of(query_start_loc, seq_lens, requests, from + 32 * i);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                units += count[i], present += count[i] > 0;
+                before += from + 32 * i < request ? count[i] : 0;
+            }
+        }
+        units = sum_of_lanes(units), present = sum_of_lanes(present), before = sum_of_lanes(before);
+    }
 };
 
-// Merge parts into the output, a query a warp at a time: where a program has few queries.
+// The request that has a unit of the list, the units of one of its heads, and where its first is in the list.
+struct Request {
+    int index, units, begin = 0;
+
+    __device__ __forceinline__ Request(
+        const int* query_start_loc, const int* seq_lens, int requests, int per_request, int unit, int lane) {
+#pragma unroll 1
+        for (int from = 0;; from += 32) {
+            const int count = units_of(query_start_loc, seq_lens, requests, from + lane);
+            int sum = count * per_request;
+            const int own = sum;
+#pragma unroll
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const int below = __shfl_up_sync(~0u, sum, distance);
+                if (lane >= distance) sum += below;
+            }
+            const unsigned past = __ballot_sync(~0u, begin + sum > unit);
+            if (past) {
+                const int found = __ffs(past) - 1;
+                index = from + found;
+                units = __shfl_sync(~0u, count, found);
+                begin += __shfl_sync(~0u, sum - own, found);
+                return;
+            }
+            begin += __shfl_sync(~0u, sum, 31);
+        }
+    }
+};
+
+// LEAST and EVEN of paged_decode_wide.cu, which paged_decode_merge.cu has to know, as what follows.
+constexpr int WIDE_LEAST = 8;
+constexpr bool WIDE_EVEN = true;
+constexpr float WIDE_OUTPUT_UNIT = 16384.0f;  // sums are of P in units of 2^-15 and 2^-14, totals of P alone
+
+// How the list of `all` units, `items` heads of requests that have any, is cut for `most` blocks.
+struct Shares {
+    u32 all, blocks, each, rest;
+
+    __device__ __forceinline__ Shares(u32 all, u32 items, u32 most, u32 least, bool even) : all(all) {
+        blocks = min((all + least - 1) / least, most);
+        if (even && items && blocks % items * 16 <= blocks) blocks -= blocks % items;
+        each = all / max(blocks, 1u), rest = all - each * blocks;
+    }
+    // The first unit of a block's share: all * block / blocks.
+    __device__ __forceinline__ int operator[](u32 block) const { return each * block + rest * block / blocks; }
+    // The block whose share has a unit.
+    __device__ __forceinline__ int owner_of(int unit) const {
+        int block = static_cast<int>(__fdividef(static_cast<float>(unit) * blocks, static_cast<float>(all)));
+#pragma unroll 1
+        while ((*this)[block] > unit) block--;
+#pragma unroll 1
+        while ((*this)[block + 1] <= unit) block++;
+        return block;
+    }
+};
+
+// --- what blocks found -----------------------------------------------------------------------------
+
+// Parts of a head of a request: the `count` blocks from `from` on. A block leaves the first and the last part of its
+// share at its two slots; of the first of these blocks it is the second where `late` is 1.
+struct Parts {
+    int from, count, late;
+    __device__ __forceinline__ int slot(int n) const { return 2 * (from + n) + (n ? 0 : late); }
+};
+
+// COUNT floats; four at once, at multiples of 16 bytes.
+template <int COUNT>
+__device__ __forceinline__ void copy_floats(float (&to)[COUNT], const float* from) {
+    if constexpr (COUNT == 4) {
+        const float4 x = *reinterpret_cast<const float4*>(from);
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) to[i] = from[i];
+    }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void copy_floats(float* to, const float (&from)[COUNT]) {
+    if constexpr (COUNT == 4) {
+        *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) to[i] = from[i];
+    }
+}
+
+// Merge parts into the output, a query a warp at a time.
 template <class Program>
 __device__ __forceinline__ void merge_by_query(
     const Arguments& a, u16* out, int queries, const Parts& parts, u8* shared, int lane, int warp) {
@@ -198,101 +311,6 @@ __device__ __forceinline__ void merge_by_query(
     }
 }
 
-// Merge parts, into the output or into the first of them: where a program has many queries. A warp has the statistics
-// of some, a thread four channels at each of its places, so that a block has as many loads under way as it can.
-template <class Program, bool INTO_OUTPUT>
-__device__ __forceinline__ void merge_by_place(
-    const Arguments& a, u16* out, int queries, const Parts& parts, u8* shared, int lane, int warp) {
-    constexpr int THREADS = WARPS * 32, OF_WARP = (QUERIES + WARPS - 1) / WARPS;
-    constexpr int PIECES = D / 4;  // of a query
-    constexpr int PLACES = (QUERIES * PIECES + THREADS - 1) / THREADS;
-    constexpr int LOADS = 16, AT_ONCE = PLACES < LOADS ? LOADS / PLACES : 1;
-    constexpr int SOME = 32;  // parts whose weights are there at a time
-    float* weights = reinterpret_cast<float*>(shared);  // of each query and part
-    float* totals = weights + QUERIES * SOME;
-    float2* statistics = reinterpret_cast<float2*>(a.statistics);
-    const auto statistics_of = [&](int query, int n) {
-        return query < queries && n < parts.count ? __ldcg(statistics + parts.slot(n) * QUERIES + query)
-                                                  : make_float2(-INFINITY, 0.0f);
-    };
-
-    float2 found[OF_WARP];
-    float maximum[OF_WARP], total[OF_WARP];
-#pragma unroll
-    for (int k = 0; k < OF_WARP; k++) found[k] = statistics_of(warp + k * WARPS, lane);
-#pragma unroll
-    for (int k = 0; k < OF_WARP; k++) {
-        maximum[k] = found[k].x, total[k] = 0.0f;
-        for (int n = lane + SOME; n < parts.count; n += SOME)
-            maximum[k] = fmaxf(maximum[k], statistics_of(warp + k * WARPS, n).x);
-    }
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) {
-#pragma unroll
-        for (int k = 0; k < OF_WARP; k++) maximum[k] = fmaxf(maximum[k], __shfl_xor_sync(~0u, maximum[k], mask));
-    }
-    float sum[PLACES][4] = {};
-    for (int begin = 0; begin < parts.count; begin += SOME) {
-        if (begin) {
-            __syncthreads();  // the weights before are not needed any more
-#pragma unroll
-            for (int k = 0; k < OF_WARP; k++) found[k] = statistics_of(warp + k * WARPS, begin + lane);
-        }
-#pragma unroll
-        for (int k = 0; k < OF_WARP; k++) {
-            const float weight = weight_of(found[k].x, maximum[k]);
-            total[k] = fmaf(found[k].y, weight, total[k]);
-            if (warp + k * WARPS < QUERIES) weights[(warp + k * WARPS) * SOME + lane] = weight;
-        }
-        __syncthreads();
-        const int some = min(SOME, parts.count - begin);
-#pragma unroll AT_ONCE
-        for (int n = 0; n < some; n++) {
-            const float4* part = reinterpret_cast<const float4*>(
-                a.partial + static_cast<long long>(parts.slot(begin + n)) * (QUERIES * D));
-#pragma unroll
-            for (int k = 0; k < PLACES; k++) {
-                const int place = k * THREADS + threadIdx.x, query = place / PIECES;
-                if (query < queries) {
-                    const float4 x = __ldcg(part + place);
-                    const float weight = weights[query * SOME + n];
-                    sum[k][0] = fmaf(x.x, weight, sum[k][0]), sum[k][1] = fmaf(x.y, weight, sum[k][1]);
-                    sum[k][2] = fmaf(x.z, weight, sum[k][2]), sum[k][3] = fmaf(x.w, weight, sum[k][3]);
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int k = 0; k < OF_WARP; k++) {
-#pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) total[k] += __shfl_xor_sync(~0u, total[k], mask);
-        const int query = warp + k * WARPS;
-        if (lane == 0 && query < queries) {
-            totals[query] = total[k];
-            // The lanes of this warp alone have read them.
-            if (!INTO_OUTPUT) statistics[parts.slot(0) * QUERIES + query] = make_float2(maximum[k], total[k]);
-        }
-    }
-    if (INTO_OUTPUT) __syncthreads();
-#pragma unroll
-    for (int k = 0; k < PLACES; k++) {
-        const int place = k * THREADS + threadIdx.x, query = place / PIECES;
-        if (query < queries) {
-            if (INTO_OUTPUT) {
-                const float factor = a.output_unit / totals[query];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    out[query * a.output_head_stride + place % PIECES * 4 + i] =
-                        narrowed(sum[k][i] * Program::OUTPUT_UNIT * factor);
-            } else {
-                reinterpret_cast<float4*>(
-                    a.partial + static_cast<long long>(parts.slot(0)) * (QUERIES * D))[place] =
-                    make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
-            }
-        }
-    }
-}
-
 // Whether this block is the last of `count` to come here; what they wrote before is then there to read.
 __device__ __forceinline__ bool arrives_last(int* arrived, int count, int& is_last) {
     __threadfence();
@@ -317,63 +335,30 @@ __device__ __forceinline__ void decode_work(const Arguments& a) {
     const int per_request = a.heads * a.pieces;
 
     // The lengths were there before the kernel in front of this one began; queries and pages may not be.
-    // Units of all requests.
-    const auto units_of = [&](int request) {
-        if (request >= a.requests || a.query_start_loc[request + 1] == a.query_start_loc[request]) return 0;
-        return Ranges(a.seq_lens[request]).units();
-    };
-    long long all = 0;
-    for (int request = lane; request - lane < a.requests; request += 32) all += units_of(request);
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) all += __shfl_xor_sync(~0u, all, mask);
-    all *= per_request;
-    const long long most = Program::LEAST > 1 ? (all + Program::LEAST - 1) / Program::LEAST : all;
-    const int blocks = static_cast<int>(min(most, static_cast<long long>(gridDim.x)));
-    if (blockIdx.x >= blocks) return;
-    const auto share_of = [&](int block) { return all * block / blocks; };
-    // The block whose share has a unit.
-    const auto owner_of = [&](long long unit) {
-        int block = static_cast<int>(unit * blocks / all);
-        while (share_of(block + 1) <= unit) block++;
-        return block;
-    };
-    long long at = share_of(blockIdx.x);
-    const long long end = share_of(blockIdx.x + 1);
+    const Totals totals(a.query_start_loc, a.seq_lens, a.requests, 0, lane);
+    const Shares shares(
+        totals.units * per_request, totals.present * per_request, gridDim.x, Program::LEAST, Program::EVEN);
+    if (blockIdx.x >= shares.blocks) return;
+    int at = shares[blockIdx.x];
+    const int share_begin = at, end = shares[blockIdx.x + 1];
 
-    // The request that the share begins in, and its first unit in the list.
-    int request = 0, units = 0;
-    long long begin = 0;
-    for (int from = 0;; from += 32) {
-        const int count = units_of(from + lane);
-        long long sum = static_cast<long long>(count) * per_request;
-        const long long own = sum;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const long long below = __shfl_up_sync(~0u, sum, distance);
-            if (lane >= distance) sum += below;
-        }
-        const unsigned past = __ballot_sync(~0u, begin + sum > at);
-        if (past) {
-            const int found = __ffs(past) - 1;
-            request = from + found;
-            units = __shfl_sync(~0u, count, found);
-            begin += __shfl_sync(~0u, sum - own, found);
-            break;
-        }
-        begin += __shfl_sync(~0u, sum, 31);
-    }
+    // The request that the share begins in.
+    const Request found(a.query_start_loc, a.seq_lens, a.requests, per_request, at, lane);
+    int request = found.index, units = found.units, begin = found.begin;
 
     wait_for_results();
+    if (!Program::MERGES) let_next_begin();  // the kernel that merges, once every block is here
+#pragma unroll 1
     while (at < end) {
-        while (units == 0 || at >= begin + static_cast<long long>(units) * per_request) {
-            begin += static_cast<long long>(units) * per_request;
-            units = units_of(++request);
+#pragma unroll 1
+        while (units == 0 || at >= begin + units * per_request) {
+            begin += units * per_request;
+            units = units_of(a.query_start_loc, a.seq_lens, a.requests, ++request);
         }
-        const int item = static_cast<int>((at - begin) / units);
-        const int head = item / a.pieces, piece = item % a.pieces;
-        const long long item_begin = begin + static_cast<long long>(item) * units, item_end = item_begin + units;
-        const int first = static_cast<int>(at - item_begin);
-        const int last = static_cast<int>(min(end, item_end) - item_begin);
+        const u32 item = static_cast<u32>(at - begin) / units, pieces = a.pieces;
+        const int head = item / pieces, piece = item % pieces;
+        const int item_begin = begin + static_cast<int>(item) * units, item_end = item_begin + units;
+        const int first = at - item_begin, last = min(end, item_end) - item_begin;
         const Ranges r(a.seq_lens[request]);
         const long long row = a.query_start_loc[request];
         const int query_head = head * a.group + piece * QUERIES;
@@ -383,62 +368,53 @@ __device__ __forceinline__ void decode_work(const Arguments& a) {
         Program::attend({r, queries, request, head, count, first, last}, a, shared, lane, warp);
         __syncthreads();
         const bool alone = first == 0 && last == units;
-        const int slot = 2 * blockIdx.x + (at == share_of(blockIdx.x) ? 0 : 1);
+        const int slot = 2 * blockIdx.x + (at == share_begin ? 0 : 1);
         u16* out = a.output + row * a.output_stride + query_head * a.output_head_stride;
-        constexpr int THREADS = D / Program::CHANNELS;  // of a query
-        for (int i = threadIdx.x; i < QUERIES * THREADS; i += WARPS * 32) {
-            const int query = i / THREADS, channel = i % THREADS;
-            float maximum = -INFINITY, sum[Program::CHANNELS] = {}, total = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++)
-                maximum = fmaxf(
-                    maximum, reinterpret_cast<float*>(shared + w * Program::WARP_BYTES)[query * FOUND + D]);
+        constexpr int CHANNELS = Program::CHANNELS, THREADS = D / CHANNELS;  // THREADS: of a query
+#pragma unroll 2
+        for (int n = 0; n < (QUERIES * THREADS + WARPS * 32 - 1) / (WARPS * 32); n++) {
+            const int i = n * (WARPS * 32) + threadIdx.x;
+            if (QUERIES * THREADS % (WARPS * 32) && i >= QUERIES * THREADS) break;
+            const int query = i / THREADS, channel = i % THREADS * CHANNELS;
+            const auto found = [&](int w) {
+                return reinterpret_cast<float*>(shared + w * Program::WARP_BYTES) + query * Program::FOUND;
+            };
+            float maximum = -INFINITY, sum[CHANNELS] = {}, total = 0.0f;
+            float2 statistics[WARPS];
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                const float* from = reinterpret_cast<float*>(shared + w * Program::WARP_BYTES) + query * FOUND;
-                const float weight = weight_of(from[D], maximum);
+                statistics[w] = *reinterpret_cast<float2*>(found(w) + D);
+                maximum = fmaxf(maximum, statistics[w].x);
+            }
 #pragma unroll
-                for (int n = 0; n < Program::CHANNELS; n++)
-                    sum[n] = fmaf(from[channel + n * THREADS], weight, sum[n]);
-                total = fmaf(from[D + 1], weight, total);
+            for (int w = 0; w < WARPS; w++) {
+                const float weight = weight_of(statistics[w].x, maximum);
+                float x[CHANNELS];
+                copy_floats(x, found(w) + channel);
+#pragma unroll
+                for (int n = 0; n < CHANNELS; n++) sum[n] = fmaf(x[n], weight, sum[n]);
+                total = fmaf(statistics[w].y, weight, total);
             }
             if (alone) {
                 if (query < count) {
+                    const float factor = a.output_unit / total;
 #pragma unroll
-                    for (int n = 0; n < Program::CHANNELS; n++)
-                        out[query * a.output_head_stride + channel + n * THREADS] =
-                            narrowed(sum[n] * Program::OUTPUT_UNIT * (a.output_unit / total));
+                    for (int n = 0; n < CHANNELS; n++)
+                        out[query * a.output_head_stride + channel + n] =
+                            narrowed(sum[n] * Program::OUTPUT_UNIT * factor);
                 }
             } else {
-                float* to = a.partial + (static_cast<long long>(slot) * QUERIES + query) * D + channel;
-#pragma unroll
-                for (int n = 0; n < Program::CHANNELS; n++) to[n * THREADS] = sum[n];
+                copy_floats(a.partial + (static_cast<long long>(slot) * QUERIES + query) * D + channel, sum);
                 if (channel == 0)
                     reinterpret_cast<float2*>(a.statistics)[slot * QUERIES + query] = make_float2(maximum, total);
             }
         }
-        if (!alone) {
-            const int from = owner_of(item_begin), parts = owner_of(item_end - 1) - from + 1;
-            // Of the first of the blocks this may be the second piece that it left.
-            const int late = share_of(from) < item_begin;
-            constexpr int TOGETHER = Program::TOGETHER;
-            int* arrived = a.arrived + (TOGETHER ? 2 * gridDim.x : 0) + request * per_request + item;
-            if constexpr (TOGETHER == 0) {
-                if (arrives_last(arrived, parts, is_last))
-                    merge_by_query<Program>(a, out, count, {from, 1, parts, late}, shared, lane, warp);
-            } else if (parts <= TOGETHER) {
-                if (arrives_last(arrived, parts, is_last))
-                    merge_by_place<Program, true>(a, out, count, {from, 1, parts, late}, shared, lane, warp);
-            } else {
-                const int before = (static_cast<int>(blockIdx.x) - from) / TOGETHER * TOGETHER;
-                const Parts some = {from + before, 1, min(TOGETHER, parts - before), before ? 0 : late};
-                if (arrives_last(a.arrived + some.slot(0), some.count, is_last)) {
-                    merge_by_place<Program, false>(a, out, count, some, shared, lane, warp);
-                    const Parts merged = {from, TOGETHER, (parts + TOGETHER - 1) / TOGETHER, late};
-                    if (arrives_last(arrived, merged.count, is_last))
-                        merge_by_place<Program, true>(a, out, count, merged, shared, lane, warp);
-                }
-            }
+        if (Program::MERGES && !alone) {
+            const int from = shares.owner_of(item_begin), parts = shares.owner_of(item_end - 1) - from + 1;
+            if (arrives_last(a.arrived + request * per_request + item, parts, is_last))
+                // Of the first of the blocks this may be the second part that it left.
+                merge_by_query<Program>(
+                    a, out, count, {from, parts, shares[from] < item_begin}, shared, lane, warp);
         }
         __syncthreads();
         at = min(end, item_end);

@@ -78,6 +78,13 @@ __device__ __forceinline__ void wait_for_results() {
 #endif
 }
 
+// The next kernel on the stream, if launched early, may begin when every block of this one has come here.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // COUNT halves of words, as words, the last one's upper half zero where COUNT is odd; address even.
 template <int COUNT>
 __device__ __forceinline__ void load_halves(u32* words, const u8* from) {

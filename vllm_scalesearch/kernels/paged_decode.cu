@@ -313,9 +313,10 @@ __device__ __forceinline__ void stored_units(
 // --- tokens in 16 bits -----------------------------------------------------------------------------
 
 __device__ __forceinline__ void whole_unit(
-    State& state, const Arguments& a, const int* table, int head, const u16* q, int tile, int low, int high,
-    u8* shared, int lane) {
+    State& state, const Arguments& a, const int* table, int head, const u16* q, const WholeUnit& unit, u8* shared,
+    int lane) {
     const int g = lane / 4, t = lane % 4;
+    const int tile = unit.tile, low = unit.low, high = unit.high;
     // All loads first, since each way to memory and back is long.
     uint4 values[D / 16], keys[D / 32][2];
 #pragma unroll
@@ -396,11 +397,12 @@ __device__ __forceinline__ void whole_unit(
 // --- a block's share -------------------------------------------------------------------------------
 
 struct Narrow {
+    static constexpr int FOUND = D + 2;
     static constexpr int OF_VALUES = 16 * PITCH, OF_FOUND = QUERIES * FOUND * 4;
     static constexpr int WARP_BYTES = (OF_VALUES > OF_FOUND ? OF_VALUES : OF_FOUND + 15) / 16 * 16;
     static constexpr float OUTPUT_UNIT = 6.646139978924579e35f;  // 2^119: sums are of P_UNIT, 2^-14 and 2^-120
-    static constexpr int LEAST = 1, TOGETHER = 0, CHANNELS = 1;
-    static constexpr bool RAGGED = false;
+    static constexpr int LEAST = 1, CHANNELS = 1;
+    static constexpr bool EVEN = false, MERGES = true, RAGGED = false;
 
     static __device__ __forceinline__ void attend(
         const Part& part, const Arguments& a, u8* shared, int lane, int warp) {
@@ -415,10 +417,11 @@ struct Narrow {
         }
         u32 nan = 0;
         const int* full_table = part.full_table(a);
-        const int unit = visit_whole(part, warp, [&](int tile, int low, int high) {
-            whole_unit(state, a, full_table, part.head, part.queries, tile, low, high, mine, lane);
-        });
         const int whole = part.whole_units();
+        int unit = part.first + warp;
+#pragma unroll 1
+        for (; unit < min(part.last, whole); unit += WARPS)
+            whole_unit(state, a, full_table, part.head, part.queries, WholeUnit(part.ranges, unit), mine, lane);
         stored_units(
             state, nan, a, part.ranges, part.table(a), part.head, part.queries, unit - whole, part.last - whole, lane);
 

@@ -17,7 +17,9 @@
 // Packed tokens are copied to shared memory while the unit before them is multiplied, so that registers are free for
 // sums: of 32 queries and 128 channels they are half of what a lane can have.
 //
-// Work is shared out and merged as decode_work.cuh says.
+// Its code is kept small: a multiprocessor runs most of it once or twice, and fetches it first.
+//
+// Work is shared out as decode_work.cuh says, and merged by paged_decode_merge.cu.
 //
 // Macros: those of decode_work.cuh, QUERIES at most 16 * TILES; TILES of 16 query heads; BLOCKS a multiprocessor.
 
@@ -30,10 +32,11 @@ constexpr int UNIT_SCALES = 32 * D;      // a unit in shared memory: codes of ke
 constexpr int UNIT_BYTES = 36 * D;
 constexpr int WHOLE_PITCH = 4 * D + 16;  // bytes of a token's key and value in 16 bits
 constexpr int Q_PITCH = 2 * D + 16;
+constexpr int FOUND_PITCH = D + 8;       // floats; rows that are written at once are 8 banks apart
 constexpr float P_LOG2 = 15.0f;          // P is in units of 2^-15, so that small ones are normal numbers
 // Whether a warp's first packed unit comes while tokens in 16 bits are attended to: where what a warp finds takes as
 // much shared memory as both, at any rate.
-constexpr bool AHEAD = 16 * WHOLE_PITCH + UNIT_BYTES <= QUERIES * FOUND * 4;
+constexpr bool AHEAD = 16 * WHOLE_PITCH + UNIT_BYTES <= QUERIES * FOUND_PITCH * 4;
 constexpr bool LOOK_FOR_NAN = !E4M3_NAN_IS_NAN;  // else a NaN scale is a NaN of all that it is multiplied into
 
 static_assert(QUERIES <= ROWS && D % 32 == 0);
@@ -107,51 +110,47 @@ __device__ __forceinline__ void softmax(
 // --- queries ---------------------------------------------------------------------------------------
 
 // A part's queries, for all warps of the block: rows of fp16 numbers, channels of each 16 in the order of K's pages,
-// the even ones first; then what is to multiply the scores of each row. Rows of no query are zeros.
-__device__ __forceinline__ void load_queries(
-    const Arguments& a, const Part& part, u8* rows, float* factors, int lane, int warp) {
-    constexpr int PIECES = (D + 127) / 128;  // of 4 channels of a lane
-    uint2 x[ROWS / WARPS][PIECES];
-#pragma unroll
-    for (int i = 0; i < ROWS / WARPS; i++) {
-        const int row = i * WARPS + warp;
+// the even ones first; then what is to multiply the scores of each row. Rows of no query are zeros. Lanes of a row
+// have four channels at a time.
+struct Queries {
+    static constexpr int LANES = WARPS * 32 / ROWS, PIECES = D / 4 / LANES;
+    static_assert(D / 4 % LANES == 0);
+    uint2 x[PIECES];
+
+    __device__ __forceinline__ void load(const Arguments& a, const Part& part) {
+        const int row = threadIdx.x / LANES;
 #pragma unroll
         for (int n = 0; n < PIECES; n++) {
-            const int channel = 128 * n + 4 * lane;
-            x[i][n] = make_uint2(0, 0);
-            if (row < part.count && channel < D)
-                x[i][n] = *reinterpret_cast<const uint2*>(part.queries + row * a.q_head_stride + channel);
+            x[n] = make_uint2(0, 0);
+            if (row < part.count)
+                x[n] = *reinterpret_cast<const uint2*>(
+                    part.queries + row * a.q_head_stride + 4 * (n * LANES + threadIdx.x % LANES));
         }
     }
-#pragma unroll
-    for (int i = 0; i < ROWS / WARPS; i++) {
-        const int row = i * WARPS + warp;
+    __device__ __forceinline__ void store(u8* rows, float* factors, float score_scale) const {
+        const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
         float amax = 0.0f;
 #pragma unroll
         for (int n = 0; n < PIECES; n++) {
-            amax = fmaxf(amax, fmaxf(fabsf(widened(x[i][n].x & 0xFFFF)), fabsf(widened(x[i][n].x >> 16))));
-            amax = fmaxf(amax, fmaxf(fabsf(widened(x[i][n].y & 0xFFFF)), fabsf(widened(x[i][n].y >> 16))));
+            amax = fmaxf(amax, fmaxf(fabsf(widened(x[n].x & 0xFFFF)), fabsf(widened(x[n].x >> 16))));
+            amax = fmaxf(amax, fmaxf(fabsf(widened(x[n].y & 0xFFFF)), fabsf(widened(x[n].y >> 16))));
         }
 #pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, mask));
+        for (int mask = 1; mask < LANES; mask *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, mask));
         // A power of two that brings the largest to [2^14, 2^15).
         const int exponent = min(max(static_cast<int>(__float_as_uint(amax) >> 23), 40), 220);
         const float unit = __uint_as_float((268 - exponent) << 23);
 #pragma unroll
         for (int n = 0; n < PIECES; n++) {
-            const int channel = 128 * n + 4 * lane;
-            if (channel < D) {
-                u8* to = rows + row * Q_PITCH + channel / 16 * 32 + channel % 16;
-                *reinterpret_cast<u32*>(to) =
-                    as_halves(widened(x[i][n].x & 0xFFFF) * unit, widened(x[i][n].y & 0xFFFF) * unit);
-                *reinterpret_cast<u32*>(to + 16) =
-                    as_halves(widened(x[i][n].x >> 16) * unit, widened(x[i][n].y >> 16) * unit);
-            }
+            const int channel = 4 * (n * LANES + lane);
+            u8* to = rows + row * Q_PITCH + channel / 16 * 32 + channel % 16;
+            *reinterpret_cast<u32*>(to) = as_halves(widened(x[n].x & 0xFFFF) * unit, widened(x[n].y & 0xFFFF) * unit);
+            *reinterpret_cast<u32*>(to + 16) = as_halves(widened(x[n].x >> 16) * unit, widened(x[n].y >> 16) * unit);
         }
         // E2M1 is 2^-14 of itself.
-        if (lane == 0) factors[row] = __uint_as_float(exponent << 23) * a.score_scale;
+        if (lane == 0) factors[row] = __uint_as_float(exponent << 23) * score_scale;
     }
-}
+};
 
 // --- stored tokens ---------------------------------------------------------------------------------
 
@@ -356,13 +355,14 @@ __device__ __forceinline__ void add_stored(
 
 __device__ __forceinline__ void stored_units(
     State& state, u32& nan, const Arguments& a, const Ranges& r, const int* table, int head, u32 queries,
-    const Factors& factors, int first, int last, u8* shared, int lane) {
+    const Factors& factors, const Tiles& tiles, int first, int last, u8* shared, int lane) {
     if (first >= last) return;
     const int g = lane / 4, t = lane % 4;
     u8* unit_at = shared + (AHEAD ? 16 * WHOLE_PITCH : UNIT_BYTES);
     u8* other = shared;
-    if (!AHEAD) copy_unit(unit_at, a, Tiles(r, table, first), head, lane);
+    if (!AHEAD) copy_unit(unit_at, a, tiles, head, lane);
     Tiles next(r, table, first + WARPS);
+#pragma unroll 1
     for (int unit = first; unit < last; unit += WARPS) {
         wait_for_copies();
         __syncwarp();  // what all lanes have copied is there, and all are done with the unit before
@@ -402,25 +402,30 @@ __device__ __forceinline__ void stored_units(
 
 // --- tokens in 16 bits -----------------------------------------------------------------------------
 
-__device__ __forceinline__ void whole_unit(
-    State& state, const Arguments& a, const int* table, const Part& part, int tile, int low, int high, u8* shared,
-    int lane) {
-    const int g = lane / 4, t = lane % 4;
-    // Keys and values of 16 tokens, a row each. Lanes have the tokens' addresses.
-    const long long mine =
-        reinterpret_cast<long long>(whole_token(a, table, part.head, tile * 16 + lane % 16, low, high));
+// Begin to copy keys and values of 16 tokens, a row each, 8 lanes of which have 128 bytes at a time.
+__device__ __forceinline__ void copy_whole(
+    u8* to, const Arguments& a, const int* table, int head, const WholeUnit& unit, int lane) {
+    const u8* from[4];
 #pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-        const int piece = n * 32 + lane, token = piece / (D / 4), inside = piece % (D / 4) * 16;
-        copy_16(
-            shared + token * WHOLE_PITCH + inside,
-            reinterpret_cast<const u8*>(__shfl_sync(~0u, mine, token)) + inside);
+    for (int i = 0; i < 4; i++)
+        from[i] = reinterpret_cast<const u8*>(
+            whole_token(a, table, head, unit.tile * 16 + 4 * i + lane / 8, unit.low, unit.high)) + lane % 8 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int n = 0; n < D / 32; n++)
+            copy_16(to + (4 * i + lane / 8) * WHOLE_PITCH + n * 128 + lane % 8 * 16, from[i] + n * 128);
     }
+}
+
+__device__ __forceinline__ void whole_unit(
+    State& state, const Arguments& a, const Part& part, const WholeUnit& unit, const u8* shared, int lane) {
+    const int g = lane / 4, t = lane % 4;
     wait_for_copies();
     __syncwarp();
     // Columns of n are tokens 8 n to 8 n + 7.
     float s[TILES][2][4] = {};
-#pragma unroll
+#pragma unroll 2
     for (int j = 0; j < D / 32; j++) {
         uint4 k[2];
 #pragma unroll
@@ -447,8 +452,8 @@ __device__ __forceinline__ void whole_unit(
     for (int n = 0; n < 2; n++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const int token = tile * 16 + 8 * n + 2 * t + e;
-            if (token < low || token >= high) {
+            const int token = unit.tile * 16 + 8 * n + 2 * t + e;
+            if (token < unit.low || token >= unit.high) {
 #pragma unroll
                 for (int i = 0; i < TILES; i++) s[i][n][e] = s[i][n][e + 2] = -INFINITY;
             }
@@ -499,11 +504,11 @@ __device__ constexpr int larger(int a, int b) {
 }
 
 struct Wide {
-    static constexpr int WARP_BYTES =
-        (larger(larger(2 * UNIT_BYTES, 16 * WHOLE_PITCH), QUERIES * FOUND * 4) + 15) / 16 * 16;
-    static constexpr float OUTPUT_UNIT = 16384.0f;  // sums are of P in units of 2^-15 and 2^-14, totals of P alone
-    static constexpr int LEAST = 8, TOGETHER = 16, CHANNELS = 4;
-    static constexpr bool RAGGED = true;
+    static constexpr int FOUND = FOUND_PITCH;
+    static constexpr int WARP_BYTES = larger(larger(2 * UNIT_BYTES, 16 * WHOLE_PITCH), QUERIES * FOUND * 4);
+    static constexpr float OUTPUT_UNIT = WIDE_OUTPUT_UNIT;
+    static constexpr int LEAST = WIDE_LEAST, CHANNELS = 4;
+    static constexpr bool EVEN = WIDE_EVEN, MERGES = false, RAGGED = true;
 
     static __device__ __forceinline__ void attend(
         const Part& part, const Arguments& a, u8* shared, int lane, int warp) {
@@ -511,13 +516,17 @@ struct Wide {
         u8* rows = shared + WARPS * WARP_BYTES + 16;
         float* row_factors = reinterpret_cast<float*>(rows + ROWS * Q_PITCH);
         const int g = lane / 4, t = lane % 4;
-        const int whole = part.whole_units();
-        if (AHEAD) {
-            const int unit = part.first + warp + (max(whole - part.first - warp, 0) + WARPS - 1) / WARPS * WARPS;
-            if (unit < part.last)
-                copy_unit(mine + 16 * WHOLE_PITCH, a, Tiles(part.ranges, part.table(a), unit - whole), part.head, lane);
-        }
-        load_queries(a, part, rows, row_factors, lane, warp);
+        // What the first units need is under way before anything is waited for.
+        const int whole = part.whole_units(), whole_end = min(part.last, whole);
+        int unit = part.first + warp;
+        const int ahead = unit + (max(whole - unit, 0) + WARPS - 1) / WARPS * WARPS;  // the first packed one
+        const int* full_table = part.full_table(a);
+        const Tiles tiles(part.ranges, part.table(a), ahead - whole);
+        Queries loaded;
+        loaded.load(a, part);
+        if (unit < whole_end) copy_whole(mine, a, full_table, part.head, WholeUnit(part.ranges, unit), lane);
+        if (AHEAD && ahead < part.last) copy_unit(mine + 16 * WHOLE_PITCH, a, tiles, part.head, lane);
+        loaded.store(rows, row_factors, a.score_scale);
 
         State state;
 #pragma unroll
@@ -530,10 +539,12 @@ struct Wide {
                 for (int e = 0; e < 4; e++) state.output[i][n][e] = 0.0f;
             }
         }
-        const int* full_table = part.full_table(a);
-        const int unit = visit_whole(part, warp, [&](int tile, int low, int high) {
-            whole_unit(state, a, full_table, part, tile, low, high, mine, lane);
-        });
+#pragma unroll 1
+        for (; unit < whole_end; unit += WARPS) {
+            whole_unit(state, a, part, WholeUnit(part.ranges, unit), mine, lane);
+            if (unit + WARPS < whole_end)
+                copy_whole(mine, a, full_table, part.head, WholeUnit(part.ranges, unit + WARPS), lane);
+        }
         __syncthreads();  // all rows are there
         Factors factors;
 #pragma unroll
@@ -545,8 +556,8 @@ struct Wide {
             shared_address(rows) + (lane % 8 + lane / 8 % 2 * 8) * Q_PITCH + lane / 16 * 16;
         u32 nan = 0;
         stored_units(
-            state, nan, a, part.ranges, part.table(a), part.head, queries, factors, unit - whole, part.last - whole,
-            mine, lane);
+            state, nan, a, part.ranges, part.table(a), part.head, queries, factors, tiles, unit - whole,
+            part.last - whole, mine, lane);
 
         __syncwarp();  // all lanes are done with the last unit
         const bool broken = LOOK_FOR_NAN && __any_sync(~0u, nan & 0x80808080u);

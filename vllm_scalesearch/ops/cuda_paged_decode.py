@@ -1,4 +1,5 @@
-"""Decoding attention over the paged cache in CUDA C++: kernels/paged_decode.cu and paged_decode_wide.cu.
+"""Decoding attention over the paged cache in CUDA C++: kernels/paged_decode.cu, or paged_decode_wide.cu and
+paged_decode_merge.cu behind it.
 
 One query token a request, K and V stored and nothing else quantized, V's blocks along tokens. The Triton kernel
 (triton_paged_attention.py) does everything else. Nothing here waits for the device, and all of it can be
@@ -17,6 +18,7 @@ from vllm_scalesearch.ops.step import Step
 
 HEAD_SIZES = (64, 96, 128, 256)
 _WARPS = 4
+_MERGE, _MERGE_WARPS = "paged_decode_merge", 8
 # Query heads of a KV head up to which paged_decode.cu takes them; paged_decode_wide.cu takes more.
 _NARROW = 8
 # Heads of requests that one stream's blocks can count the arrivals of.
@@ -45,6 +47,7 @@ class Program:
     """A compiled kernel's source and macros, and what a launch has to know of it.
 
     pieces: programs that share a KV head's query heads, `queries` each, the last one maybe fewer.
+    merges: the kernel merges what its blocks found; else _MERGE does, compiled with the same macros.
     blocks: of a multiprocessor. full_unit: of sums, what 16-bit values are in, v_scale apart.
     """
 
@@ -52,6 +55,7 @@ class Program:
     macros: tuple[str, ...]
     queries: int
     pieces: int
+    merges: bool
     blocks: int
     shared_bytes: int
     full_unit: float
@@ -84,19 +88,18 @@ def program(
     """The kernel for a KV head of `group` query heads, and full-precision pages of `full_page` tokens."""
     dim = layout.head_size
     queries = queries_of(group, dim)
-    found = queries * (dim + 2) * 4  # of each query, for each warp
     if group > _NARROW:
         tiles = -(-queries // 16)
         sums = tiles * dim  # twice the registers that a lane has them in
         blocks = 4 if sums <= 64 else 3 if sums <= 128 else 2
-        # Two units of packed tokens, or 16 tokens in 16 bits; for the block, queries and their factors.
-        warp = max(2 * 36 * dim, 16 * (4 * dim + 16), found)
+        # Two units of packed tokens, 16 tokens in 16 bits, or sums; for the block, queries and their factors.
+        warp = max(2 * 36 * dim, 16 * (4 * dim + 16), queries * (dim + 8) * 4)
         block = tiles * 16 * (2 * dim + 16 + 4)
         name, full_unit = "paged_decode_wide", 2.0**-14
     else:
         tiles = 1 if queries <= 4 else 2
         blocks = 2 if dim > 128 else 4 if tiles == 1 else 3
-        warp = max(16 * (2 * dim + 16), found)  # a tile of 16-bit values
+        warp = max(16 * (2 * dim + 16), queries * (dim + 2) * 4)  # a tile of 16-bit values
         block = 0
         name, full_unit = "paged_decode", 2.0**-119
     macros = (
@@ -106,7 +109,7 @@ def program(
         f"HALF={int(dtype == torch.float16)}", f"BLOCKS={blocks}",
     )  # fmt: skip
     shared = _WARPS * (-(-warp // 16) * 16) + 16 + block  # 16: whether the block is the last one
-    return Program(name, macros, queries, -(-group // queries), blocks, shared, full_unit)
+    return Program(name, macros, queries, -(-group // queries), group <= _NARROW, blocks, shared, full_unit)
 
 
 def decode(
@@ -146,6 +149,7 @@ def decode(
     if requests * heads * found.pieces > _ITEMS:
         raise ValueError(f"paged decode: {requests} requests of {heads} heads are more than {_ITEMS} in all")
     run = _kernel(found.name, found.macros, q.device)
+    early = torch.cuda.get_device_capability(q.device)[0] >= 9
     grid = _multiprocessors(q.device) * found.blocks
     partial = torch.empty(2 * grid * found.queries * (dim + 2), dtype=torch.float32, device=q.device)
     statistics = partial[2 * grid * found.queries * dim :]
@@ -154,13 +158,24 @@ def decode(
     run(
         (grid, 1, 1), 32 * _WARPS, found.shared_bytes,
         q, pages, full, output, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
-        partial, statistics, _arrived(q.device),
+        partial, statistics, _arrived(q.device) if found.merges else None,
         requests, heads, found.pieces, group, step.block_table.stride(0), step.full_block_table.stride(0),
         q.stride(0), q.stride(1), output.stride(0), output.stride(1), pages.stride(0), pages.stride(1),
         full.stride(0), full.stride(1), score_scale, cap, found.full_unit / v_scale, v_scale,
         512, 32, 2, 0x70007000,
-        early=torch.cuda.get_device_capability(q.device)[0] >= 9,
+        early=early,
     )  # fmt: skip
+    if not found.merges:
+        shared_heads = min(requests * heads * found.pieces, grid)
+        # As many blocks as fill the device, up to one for each query.
+        queries = found.queries * shared_heads // (2 * _multiprocessors(q.device))
+        programs = -(-found.queries // min(max(queries, 1), _MERGE_WARPS))
+        _kernel(_MERGE, found.macros, q.device)(
+            (shared_heads, programs, 1), 32 * _MERGE_WARPS, _MERGE_WARPS * (4 * dim + 8),
+            step.query_start_loc, step.seq_lens, partial, statistics, output,
+            requests, heads, found.pieces, group, grid, output.stride(0), output.stride(1), v_scale,
+            early=early,
+        )  # fmt: skip
 
 
 @functools.cache
@@ -180,8 +195,7 @@ def _arrived(device: torch.device) -> torch.Tensor:
     """Zeros, which a launch leaves as zeros; launches of one stream follow each other and share them."""
     key = device, torch.cuda.current_stream(device).cuda_stream
     if key not in _counters:
-        # Two more for each block, at most 4 of a multiprocessor, where parts are merged in two steps.
-        zeros = torch.zeros(_ITEMS + 8 * _multiprocessors(device), dtype=torch.int32, device=device)
+        zeros = torch.zeros(_ITEMS, dtype=torch.int32, device=device)
         if torch.cuda.is_current_stream_capturing():
             return zeros  # lives and is set in the graph
         _counters[key] = zeros
