@@ -1,6 +1,7 @@
 """The decode product: layout and plans on the CPU, sources for every architecture, numbers on a GPU."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,49 @@ def test_only_weights_whose_order_is_known_are_read(monkeypatch, kernel, capabil
         )
         assert linear._decode_reads(made) == (capability in capabilities)
     assert not linear._decode_reads(object())
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("kernel", "capability", "outputs", "by_rows"),
+    [
+        ("Marlin", (9, 0), 28672, {1: "decode", 32: "decode", 33: "vLLM", 1023: "vLLM", 1024: "dense"}),
+        ("Humming", (9, 0), 28672, {16: "decode", 17: "vLLM", 4095: "vLLM", 4096: "dense"}),
+        ("Humming", (9, 0), 4096, {32: "decode", 33: "vLLM", 4096: "dense"}),
+        ("Marlin", (8, 0), 28672, {32: "decode", 33: "vLLM", 8192: "vLLM"}),
+    ],
+)
+def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, outputs, by_rows):
+    """With and without scales of rows; none for no rows, which vLLM's kernels take."""
+    from vllm.platforms.interface import DeviceCapability
+
+    from vllm_scalesearch import linear, vllm_api
+
+    monkeypatch.setattr(
+        type(linear.current_platform),
+        "get_device_capability",
+        classmethod(lambda cls, device_id=0: DeviceCapability(*capability)),
+    )
+    ran = []
+
+    def stand_in(name):
+        return lambda x, *arguments: (ran.append(name), x.new_zeros(len(x), 1))[1]
+
+    monkeypatch.setattr(w4a16, "product", stand_in("decode"))
+    monkeypatch.setattr(w4a16, "dense_product", stand_in("dense"))
+    made = object.__new__(getattr(vllm_api, f"{kernel}NvFp4LinearKernel"))
+    monkeypatch.setattr(type(made), "apply_weights", lambda self, layer, x, bias: stand_in("vLLM")(x))
+    product = object.__new__(linear._DecodeProduct)
+    product.kernel, product.alpha = made, 1.0
+    product.weight = SimpleNamespace(outputs=outputs, inputs=4096)
+    product.decode_rows, product.dense_rows = linear._measured_rows(made, product.weight)
+    layer = SimpleNamespace(plain_bias=None, bias=None)
+    for rows, expected in {0: "vLLM", **by_rows}.items():
+        x = torch.zeros(rows, 8)
+        for scale in (None, torch.ones(rows, 1)):
+            ran.clear()
+            assert product.run(layer, x, scale, False).shape == (rows, 1)
+            assert ran == [expected], rows
 
 
 # fp32 sums of exact products, rounded once to the output: half a unit in the last place and a little.

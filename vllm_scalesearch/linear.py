@@ -260,13 +260,7 @@ class _DecodeProduct(_VllmKernelProduct):
             layer.output_size_per_partition, layer.input_size_per_partition,
         )  # fmt: skip
         self.alpha = self.weight.multiplier * float(tensor_scale)
-        # Humming is as fast for 17 to 32 rows, but for small matrices; Marlin is not.
-        humming = isinstance(self.kernel, HummingNvFp4LinearKernel)
-        small = self.weight.outputs * self.weight.inputs <= 4096 * 4096
-        self.decode_rows = w4a16.MAX_ROWS if small or not humming else w4a16.MAX_ROWS // 2
-        self.dense_rows = sys.maxsize
-        if current_platform.get_device_capability() == (9, 0):  # Marlin was not measured elsewhere
-            self.dense_rows = w4a16.DENSE_ROWS if humming else w4a16.MARLIN_DENSE_ROWS
+        self.decode_rows, self.dense_rows = _measured_rows(self.kernel, self.weight)
         dense = self.dense_rows < sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
@@ -385,6 +379,17 @@ def _linear_fake(
 
 _LIB.impl("linear", _linear, "CUDA")
 torch.library.register_fake("vllm_scalesearch::linear", _linear_fake, lib=_LIB)
+
+
+def _measured_rows(kernel, weight: w4a16.TiledWeight) -> tuple[int, int]:
+    """Up to how many rows the decode kernel is the fastest, and from how many dequantized pieces are."""
+    humming = isinstance(kernel, HummingNvFp4LinearKernel)
+    # Humming is as fast for 17 to 32 rows, but for small matrices; Marlin is not.
+    small = weight.outputs * weight.inputs <= 4096 * 4096
+    decode_rows = w4a16.MAX_ROWS if small or not humming else w4a16.MAX_ROWS // 2
+    if current_platform.get_device_capability() != (9, 0):  # Marlin was not measured elsewhere
+        return decode_rows, sys.maxsize
+    return decode_rows, w4a16.DENSE_ROWS if humming else w4a16.MARLIN_DENSE_ROWS
 
 
 def _decode_reads(kernel) -> bool:
