@@ -4,22 +4,25 @@
 
 Random weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). Prompts of
 128 random tokens, 128 tokens generated; the time is that of decoding alone, the difference between generating
-129 tokens and one.
+129 tokens and one. Beside it how long kernels run in a step, by the same difference under a profiler: the rest
+of a step's time is the host's.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import engines
+import kernel_time
 import llama_like
 import torch
 from report import table, write
 
 BATCHES = (1, 32, 128)
-PROMPT, OUTPUT = 128, 128
+PROMPT, OUTPUT, PROFILED = 128, 128, 32
 SCALESEARCH = {"quantization": "scalesearch"}
 VARIANTS = {
     "bf16": ("bf16", {}),
@@ -33,8 +36,9 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[int, float]:
-    """Output tokens a second of each batch."""
+def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, dict[int, float]]:
+    """Of each batch: output tokens a second, and ms of kernels a step."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the worker
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -48,7 +52,7 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[int,
         **arguments,
     )
     ready()
-    found = {}
+    found = {"tokens_per_s": {}, "kernels_ms": {}}
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         tokens = torch.randint(10, 1000, (batch, PROMPT), generator=generator).tolist()
@@ -63,9 +67,15 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[int,
             llm.generate(prompts, parameters, use_tqdm=False)
             return time.perf_counter() - start
 
+        def kernels(outputs: int, seconds=seconds) -> float:
+            llm.collective_rpc(kernel_time.start)
+            seconds(outputs)
+            return llm.collective_rpc(kernel_time.stop)[0][0]
+
         seconds(2)
-        rounds = [seconds(OUTPUT + 1) - seconds(1) for _ in range(3)]
-        found[batch] = batch * OUTPUT / sorted(rounds)[1]
+        rounds = [seconds(OUTPUT + 1) - seconds(1) for _ in range(5)]
+        found["tokens_per_s"][batch] = batch * OUTPUT / sorted(rounds)[2]
+        found["kernels_ms"][batch] = (kernels(PROFILED + 1) - kernels(1)) / PROFILED
     return found
 
 
@@ -83,7 +93,8 @@ def main() -> None:
     def keep(name: str, result: dict, log: list[str]) -> None:
         found[name] = result
         print(name, result, *[line for line in log if "scalesearch:" in line], sep="\n  ", flush=True)
-        write("serve", {"layers": arguments.layers, "tokens_per_s": found})  # what is there stays
+        results = {part: {name: run[part] for name, run in found.items()} for part in result}
+        write("serve", {"layers": arguments.layers} | results)  # what is there stays
 
     with tempfile.TemporaryDirectory() as work:
         models = {}
@@ -93,8 +104,12 @@ def main() -> None:
         torch.cuda.empty_cache()
         chosen = {name: (models[VARIANTS[name][0]], VARIANTS[name][1]) for name in arguments.only.split(",")}
         failed = engines.side_by_side(__file__, Path(work), chosen, keep)
-    rows = [[name, *[f"{line[str(batch)]:.0f}" for batch in BATCHES]] for name, line in found.items()]
-    table(["linear layers", *[f"batch {batch}" for batch in BATCHES]], rows)
+    for part, title, digits in (
+        ("tokens_per_s", "output tokens a second", 0),
+        ("kernels_ms", "kernels' ms a step", 3),
+    ):
+        rows = [[name, *[f"{run[part][str(b)]:.{digits}f}" for b in BATCHES]] for name, run in found.items()]
+        table([title, *[f"batch {batch}" for batch in BATCHES]], rows)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
+import kernel_time
 import llama_like
 import torch
 from report import RESULTS, table, write
@@ -104,38 +105,6 @@ def capacity(worker: Any) -> tuple[int, list[tuple[int, int | None, int]]]:
     return config.num_blocks, groups
 
 
-def start_profile(worker: Any) -> None:
-    """In an engine's worker: see `kernels_ms`."""
-    runner = worker.model_runner
-    execute, worker.steps = runner.execute_model, 0
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        worker.steps += 1
-        return execute(*arguments, **named)
-
-    torch.cuda.synchronize()
-    runner.execute_model = counted
-    worker.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    worker.profiler.start()
-
-
-def kernels_ms(worker: Any) -> float:
-    """How long a kernel or a copy ran in each step since `start_profile`, in ms."""
-    torch.cuda.synchronize()
-    worker.profiler.stop()
-    del worker.model_runner.execute_model  # and the class's is back
-    spans = sorted(
-        (event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in worker.profiler.profiler.kineto_results.events()
-        if event.device_type() == torch.autograd.DeviceType.CUDA
-    )
-    total = end = 0
-    for start, stop in spans:
-        total += max(stop - max(start, end), 0)
-        end = max(end, stop)
-    return total * 1e-6 / worker.steps
-
-
 def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled: int = 0) -> dict[str, float]:
     """Rates of `batch` prompts of `length` random tokens; what kernels take of a step, over `profiled` more.
 
@@ -163,10 +132,10 @@ def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled
     end, tokens = time.perf_counter(), sum(counts.values())
     kernels = None
     if profiled and steps:
-        llm.collective_rpc(start_profile)
+        llm.collective_rpc(kernel_time.start)
         for _ in range(profiled):
             engine.step()
-        kernels = llm.collective_rpc(kernels_ms)[0]
+        kernels, counted = llm.collective_rpc(kernel_time.stop)[0]
     engine.abort_request(ids)
     while engine.has_unfinished_requests():
         engine.step()
@@ -180,7 +149,7 @@ def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled
         "prompt_tokens_per_s": batch * length / (first[0] - start),
         "output_tokens_per_s": tokens / (end - first[0]),
         "step_ms": (end - first[0]) / steps * 1e3,
-    } | ({} if kernels is None else {"kernels_ms": kernels})
+    } | ({} if kernels is None else {"kernels_ms": kernels / counted})
 
 
 def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, Any]:
