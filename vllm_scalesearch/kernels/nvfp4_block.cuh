@@ -14,6 +14,17 @@ constexpr float Y_LIMIT = 1099511627776.0f;  // 2^40, as in search.py
 
 // --- instructions ----------------------------------------------------------------------------------------
 
+// Of two values x; an addition, off the integer pipe that a search fills, where masks are not.
+__device__ __forceinline__ u32 magnitudes_of(u32 x) {
+    u32 out;
+#if HALF
+    asm("abs.f16x2 %0, %1;" : "=r"(out) : "r"(x));
+#else
+    asm("abs.bf16x2 %0, %1;" : "=r"(out) : "r"(x));
+#endif
+    return out;
+}
+
 // Of magnitudes of x; a NaN wins.
 __device__ __forceinline__ u32 max_magnitudes(u32 a, u32 b) {
     u32 out;
@@ -111,9 +122,9 @@ __device__ __forceinline__ void load(Block& block, const u16* from) {
 }
 
 __device__ __forceinline__ void find_base(Block& block, float reciprocal) {
-    u32 largest = block.x[0] & ~SIGNS;
+    u32 largest = magnitudes_of(block.x[0]);
     #pragma unroll
-    for (int i = 1; i < 8; ++i) largest = max_magnitudes(largest, block.x[i] & ~SIGNS);
+    for (int i = 1; i < 8; ++i) largest = max_magnitudes(largest, magnitudes_of(block.x[i]));
     block.amax = max(largest & 0xFFFFu, largest >> 16);
     block.v = scaled(magnitude<0>(block.amax), reciprocal) * SIXTH;
     block.base = to_e4m3(block.v);

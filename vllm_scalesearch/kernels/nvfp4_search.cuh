@@ -127,7 +127,7 @@ __device__ __forceinline__ u32 factor_of(int base, const Unit& unit) {
 __device__ __forceinline__ void find_elements(const Block& block, u32 factor, u32 (&a)[8]) {
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const u32 magnitudes = block.x[i] & ~SIGNS;
+        const u32 magnitudes = magnitudes_of(block.x[i]);
         a[i] = HALF ? mul_half2(magnitudes, factor) : mul_bf162(magnitudes, factor) << 3;
     }
 }

@@ -8,6 +8,9 @@
 // for each of its lanes, so that nothing waits for other warps: one queue for blocks with at most two candidates
 // left, whose exact errors are straight code, one for the rest. What is in the queues in the end is shared out anew.
 //
+// A thread's next block is copied to shared memory while it searches the one before: warps that wait for memory are
+// a fifth of all otherwise, and the eight that a scheduler has do not fill its time then.
+//
 // Macros: HALF (0: bf16, 1: fp16), COUNT and OFFSETS (a list, ascending), LOWEST and HIGHEST of them, SCALE (0:
 // one tensor scale, 1: one a row, 2: computed here from each row), FLAT (1, for SCALE 0: x has a single row), PACKED
 // (0: no codes, 1: codes and scales, 2: scales in 128x4 tiles), VALUES (1: dequantized values and residual), THREADS.
@@ -62,11 +65,28 @@ struct Errors {
 };
 
 constexpr u32 NOT_FINITE = 1u << 16;
+constexpr int BASE_BIT = 17;
 
 // Blocks that wait for all lanes of a warp to have one: fewer than 32, and 32 more.
 struct Queue {
-    uint4 entries[64];  // row, column, candidates or NOT_FINITE, base
+    uint2 entries[64];  // where (`at`); candidates or NOT_FINITE, and base
 };
+
+// 16 bytes, by this thread and for it.
+__device__ __forceinline__ void copy_async(uint4* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+                 :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+__device__ __forceinline__ void load_copy(Block& block, const uint4* copy) {
+    const uint4 low = copy[0], high = copy[THREADS];
+    block.x[0] = low.x, block.x[1] = low.y, block.x[2] = low.z, block.x[3] = low.w;
+    block.x[4] = high.x, block.x[5] = high.y, block.x[6] = high.z, block.x[7] = high.w;
+}
 
 #if __CUDA_ARCH__ >= 1000
 // Two fp32 values to a byte of E2M1 codes, low nibble first.
@@ -255,7 +275,7 @@ __device__ __forceinline__ void write(
 // SCALE 0: thread blocks, as many as the GPU holds, take turns. Else a thread block takes `share` blocks of row
 // blockIdx.x, in the order of blockIdx.y. gridDim.z: 1.
 // Shared memory: 640 bytes; if the packed search can be used 128 * 8, 16 * 8, and TABLE_ROWS * QUADS times 16 and 32;
-// if COUNT > 1 THREADS * 64.
+// if COUNT > 1 THREADS * 96.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
     const u16* __restrict__ x, float* __restrict__ tensor_scale, uint2* __restrict__ packed,
     u8* __restrict__ scales, uint4* __restrict__ values, float* __restrict__ residual,
@@ -269,12 +289,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
     Rounder* rounders = (Rounder*)(table + TABLE_ROWS * QUADS);
     Queue* queues = APPROXIMATE ? (Queue*)(rounders + TABLE_ROWS * QUADS * 2) : (Queue*)bases;
     const int tid = threadIdx.x;
+    // A thread's present and next block, in turns; the halves apart, so that those of neighbours lie side by side.
+    uint4* const copies = (uint4*)(queues + 2 * WARPS) + tid;
     const Outputs out = {packed, scales, values, blocks};
 
     const int first_row = SCALE ? blockIdx.x : 0;
     const int first = SCALE ? blockIdx.y * share : blockIdx.x * THREADS;
     const int last = SCALE ? min(first + share, blocks) : rows * blocks;
     const int stride = SCALE ? THREADS : gridDim.x * THREADS;
+    auto address = [&](int row, int column) { return x + (size_t)(u32)row * (u32)x_stride + (size_t)(u32)column * 16; };
+    auto index_of = [&](int row, int column) { return (u32)(row * blocks + column); };
+
+    // Of the next block; where there are many rows, `at` counts the blocks of all.
+    int at = first + tid;
+    int row = MANY_ROWS ? at / blocks : first_row, column = MANY_ROWS ? at - row * blocks : at;
+    const int row_stride = MANY_ROWS ? stride / blocks : 0, column_stride = stride - row_stride * blocks;
+    auto advance = [&](int& at, int& row, int& column) {
+        at += stride, column += column_stride, row += row_stride;
+        if (MANY_ROWS && column >= blocks) column -= blocks, ++row;
+    };
+    auto copy = [&](uint4* to, int row, int column) {
+        const u16* from = address(row, column);
+        copy_async(to, from);
+        copy_async(to + THREADS, from + 8);
+    };
+    int turn = 0;
+    if (COUNT > 1 && at < last) copy(copies, row, column);
+
     if (tid == 0) shared.row_amax = 0;
     if (APPROXIMATE && tid < 16) ((Errors*)slacks)[tid] = {};
     #pragma unroll 1
@@ -333,14 +374,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
         __syncthreads();
     }
 
-    auto address = [&](int row, int column) { return x + (size_t)(u32)row * (u32)x_stride + (size_t)(u32)column * 16; };
-    auto index_of = [&](int row, int column) { return (u32)(row * blocks + column); };
-
-    // Of the next block; where there are many rows, `at` counts the blocks of all.
-    int at = first + tid;
-    int row = MANY_ROWS ? at / blocks : first_row, column = MANY_ROWS ? at - row * blocks : at;
-    const int row_stride = MANY_ROWS ? stride / blocks : 0, column_stride = stride - row_stride * blocks;
-
     const int lane = tid % 32;
     const u32 one = gridDim.z;  // which the compiler does not know
     // The last 32 blocks of a queue, or those that there are, by exact arithmetic.
@@ -349,15 +382,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
         queued -= count;
         __syncwarp();
         if (lane < count) {
-            const uint4 entry = queue.entries[queued + lane];
-            const int row = MANY_ROWS ? entry.x : first_row, column = entry.y;
+            const uint2 entry = queue.entries[queued + lane];
+            const int row = MANY_ROWS ? entry.x / blocks : first_row, column = entry.x - MANY_ROWS * row * blocks;
             Block block;
             load(block, address(row, column));
             float y[16];
             find_y(block, reciprocal, !few, y);
-            const int base = entry.w, code = few ? exact_choice(y, base, entry.z, shared)
-                                                 : exact_search(y, base, entry.z & 0xFFFFu, shared);
-            const bool finite = few || !(entry.z & NOT_FINITE);
+            const int base = entry.y >> BASE_BIT;
+            const u32 mask = entry.y & 0xFFFFu;
+            const int code = few ? exact_choice(y, base, mask, shared) : exact_search(y, base, mask, shared);
+            const bool finite = few || !(entry.y & NOT_FINITE);
             write(block, y, code, finite, fold, shared, out, index_of(row, column), row, column);
         }
         __syncwarp();
@@ -365,11 +399,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
     Queue& few = queues[tid / 32 * 2];
     Queue& many = queues[tid / 32 * 2 + 1];
     int few_queued = 0, many_queued = 0;
-    auto push = [&](Queue& queue, int& queued, bool mine, u32 mask, int base) {
-        const u32 lanes = __ballot_sync(~0u, mine);
-        if (lanes == 0) return;
-        if (mine) queue.entries[queued + __popc(lanes & ((1u << lane) - 1))] = make_uint4(row, column, mask, base);
-        queued += __popc(lanes);
+    enum Left { DONE, FEW, MANY };
+    // Without branches: of a warp's blocks some are nearly always for `few`, and often one is for `many`.
+    auto push = [&](Left left, u32 what) {
+        const u32 of_few = __ballot_sync(~0u, left == FEW), of_many = __ballot_sync(~0u, left == MANY);
+        uint2* const end = left == FEW ? few.entries + few_queued : many.entries + many_queued;
+        const u32 before = (left == FEW ? of_few : of_many) & ((1u << lane) - 1);
+        if (left != DONE) end[__popc(before)] = make_uint2(at, what);
+        few_queued += __popc(of_few), many_queued += __popc(of_many);
     };
 
     // All that is left in the warps' queues of a kind, 32 to each: from the first warp on, or from the last.
@@ -380,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
         #pragma unroll 1
         while (warp < WARPS && i >= shared.queued[kind][warp]) i -= shared.queued[kind][warp++];
         const bool mine = warp < WARPS;
-        uint4 entry;
+        uint2 entry;
         if (mine) entry = queues[2 * warp + kind].entries[i];
         __syncthreads();
         const u32 lanes = __ballot_sync(~0u, mine);
@@ -391,12 +428,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
     #pragma unroll 1
     while (true) {
         const bool more = at - lane < last;
-        enum { DONE, FEW, MANY } left = DONE;
+        Left left = DONE;
         u32 mask = 1;
         int base = 0;
         if (at < last) {
             Block block;
-            load(block, address(row, column));
+            const uint4* const copied = copies + turn;
+            if (COUNT > 1) {
+                wait_for_copies();
+                load_copy(block, copied);
+                turn = 2 * THREADS - turn;
+                int next = at, next_row = row, next_column = column;
+                advance(next, next_row, next_column);
+                if (next < last) copy(copies + turn, next_row, next_column);
+            } else {
+                load(block, address(row, column));
+            }
             find_base(block, reciprocal);
             base = block.base;
             if (COUNT == 1) {
@@ -421,6 +468,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
                         find_y(block, reciprocal, false, y);
                         write(block, y, code, true, fold, shared, out, index, row, column);
                     }
+                    if (!VALUES) load_copy(block, copied);  // for the signs, instead of eight registers
                     if (VALUES || write_packed(block, a, code, rounder, out, index, row, column)) left = DONE;
                 }
             } else {
@@ -429,8 +477,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
             }
         }
         if (COUNT > 1) {
-            push(few, few_queued, left == FEW, mask, base);
-            push(many, many_queued, left == MANY, mask, base);
+            push(left, mask | (u32)base << BASE_BIT);
             const int enough = more ? 32 : 1;
             if (!more) {
                 share_out(0, few, few_queued);
@@ -440,7 +487,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_nvfp4(
             if (many_queued >= enough) resolve(many, many_queued, false);
         }
         if (!more) break;
-        at += stride, column += column_stride, row += row_stride;
-        if (MANY_ROWS && column >= blocks) column -= blocks, ++row;
+        advance(at, row, column);
     }
 }

@@ -24,7 +24,7 @@ _LONGEST_SHARE = 2048  # blocks of a row: eight a thread, so that those left to 
 _RESIDENT = 4  # thread blocks that a multiprocessor holds at a time
 _RESIDENT_ABSMAX = 8  # where there is nothing to search
 _HEADER_BYTES = 640
-_QUEUE_BYTES = 64  # a thread
+_THREAD_BYTES = 96  # queues, and copies of two blocks
 
 
 def offsets_of(policy: ScalePolicy | str) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def shared_bytes(offsets: tuple[int, ...], threads: int) -> int:
     if len(offsets) == 1:
         return _HEADER_BYTES
     table = table_bytes(offsets)
-    return _HEADER_BYTES + (128 * 8 + 128 + 3 * table if table else 0) + threads * _QUEUE_BYTES
+    return _HEADER_BYTES + (128 * 8 + 128 + 3 * table if table else 0) + threads * _THREAD_BYTES
 
 
 def _run(
