@@ -1,18 +1,16 @@
 // What decoding kernels share: where tokens lie, how work is cut into shares, and how what blocks found is merged.
 //
 // Work. The units of all requests and heads (16 tokens in 16 bits, or 32 stored ones) are one list, cut into
-// equal shares, a block each; so lengths may be as ragged as they like. Warps of a block take units in turns.
-// Where several blocks share a head of a request, what they found is merged: by the last of them to finish, or where
-// a program has many queries by a kernel behind this one (paged_decode_merge.cu), on more multiprocessors than one.
+// equal shares, a block each; so lengths may be as ragged as they like. Of requests of one length every head has shares
+// of its own, or a share has whole heads, if few blocks are left over. Warps of a block take units in turns.
+// Where several blocks share a head of a request, what they found is merged by a kernel behind (paged_decode_merge.cu).
 //
 // A kernel is `decode_work<Program>`. Program has
-//   WARP_BYTES   shared memory of a warp, a multiple of 16, in which it leaves what it found: of each query FOUND
-//                floats, D sums, the maximum of its scores and the total of its P
+//   WARP_BYTES   shared memory of a warp, a multiple of 16
+//   FINDERS      warps that leave what they found in it, 1 or all; if 1, for all, and it may take theirs
+//   FOUND        floats of each query in that: D sums, the maximum of its scores, the total of its P and others
 //   OUTPUT_UNIT  what sums are to be multiplied by
 //   LEAST        units that a share has at least, or little fewer, if there are as many
-//   EVEN         of requests of one length every head has shares of its own, if few blocks are left over
-//   MERGES       the last block merges
-//   CHANNELS     of a query that a thread takes when it puts warps together, 1 or 4
 //   RAGGED       the group is not a multiple of QUERIES, and the last of its programs has fewer
 //   attend       the units of a part, into the warps' memory; every thread of the block calls it
 //
@@ -35,7 +33,6 @@ struct Arguments {
     u16* output;
     const int *query_start_loc, *seq_lens, *block_table, *full_block_table;
     float *partial, *statistics;
-    int* arrived;
     int requests, heads, pieces, group;
     int table_stride, full_table_stride;
     int q_stride, q_head_stride, output_stride, output_head_stride;
@@ -44,16 +41,16 @@ struct Arguments {
     Opaque opaque;
 };
 
-// A kernel's parameters, and Arguments of them. arrived: zeros, and zeros again when the kernel is done, if it merges.
+// A kernel's parameters, and Arguments of them.
 #define DECODE_PARAMETERS \
     const u16 *q, const u8 *pages, const u16 *full, u16 *output, const int *query_start_loc, const int *seq_lens, \
-        const int *block_table, const int *full_block_table, float *partial, float *statistics, int *arrived, \
-        int requests, int heads, int pieces, int group, int table_stride, int full_table_stride, int q_stride, \
-        int q_head_stride, int output_stride, int output_head_stride, int page_stride, int head_stride, \
-        int full_stride, int full_head_stride, float score_scale, float cap, float full_unit, float output_unit, \
-        int by_512, int by_32, int by_2, int carry
+        const int *block_table, const int *full_block_table, float *partial, float *statistics, int requests, \
+        int heads, int pieces, int group, int table_stride, int full_table_stride, int q_stride, int q_head_stride, \
+        int output_stride, int output_head_stride, int page_stride, int head_stride, int full_stride, \
+        int full_head_stride, float score_scale, float cap, float full_unit, float output_unit, int by_512, \
+        int by_32, int by_2, int carry
 #define DECODE_ARGUMENTS \
-    {q, pages, full, output, query_start_loc, seq_lens, block_table, full_block_table, partial, statistics, arrived, \
+    {q, pages, full, output, query_start_loc, seq_lens, block_table, full_block_table, partial, statistics, \
      requests, heads, pieces, group, table_stride, full_table_stride, q_stride, q_head_stride, output_stride, \
      output_head_stride, page_stride, head_stride, full_stride, full_head_stride, score_scale, cap, full_unit, \
      output_unit, \
@@ -104,7 +101,7 @@ struct Part {
 
 __device__ __forceinline__ const u8* tile_address(
     const Arguments& a, const int* table, int head, int tile) {
-    const int token = tile * 16;
+    const u32 token = tile * 16;
     return a.pages + static_cast<long long>(__ldg(table + token / PAGE)) * a.page_stride + head * a.head_stride;
 }
 
@@ -146,13 +143,6 @@ __device__ __forceinline__ float weight_of(float maximum, float all) {
 
 // --- shares ----------------------------------------------------------------------------------------
 
-template <class Number>
-__device__ __forceinline__ Number sum_of_lanes(Number x) {
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
-    return x;
-}
-
 // Units of a head of a request. All loads go at once, so no branch may come between them.
 __device__ __forceinline__ int units_of(
     const int* query_start_loc, const int* seq_lens, int requests, int request) {
@@ -179,7 +169,8 @@ struct Totals {
                 before += from + 32 * i < request ? count[i] : 0;
             }
         }
-        units = sum_of_lanes(units), present = sum_of_lanes(present), before = sum_of_lanes(before);
+        units = __reduce_add_sync(~0u, units), present = __reduce_add_sync(~0u, present);
+        before = __reduce_add_sync(~0u, before);
     }
 };
 
@@ -212,18 +203,25 @@ struct Request {
     }
 };
 
-// LEAST and EVEN of paged_decode_wide.cu, which paged_decode_merge.cu has to know, as what follows.
+// What paged_decode_merge.cu has to know of paged_decode_wide.cu.
 constexpr int WIDE_LEAST = 8;
-constexpr bool WIDE_EVEN = true;
 constexpr float WIDE_OUTPUT_UNIT = 16384.0f;  // sums are of P in units of 2^-15 and 2^-14, totals of P alone
+// And of paged_decode.cu: with 3 units, and those added for whole heads, all warps have work, mostly one unit.
+constexpr int NARROW_LEAST = 3;
+constexpr float NARROW_OUTPUT_UNIT = 6.646139978924579e35f;  // 2^119: sums are of P_UNIT, 2^-14 and 2^-120
 
 // How the list of `all` units, `items` heads of requests that have any, is cut for `most` blocks.
 struct Shares {
     u32 all, blocks, each, rest;
 
-    __device__ __forceinline__ Shares(u32 all, u32 items, u32 most, u32 least, bool even) : all(all) {
+    __device__ __forceinline__ Shares(u32 all, u32 items, u32 most, u32 least) : all(all) {
         blocks = min((all + least - 1) / least, most);
-        if (even && items && blocks % items * 16 <= blocks) blocks -= blocks % items;
+        if (items > blocks) {
+            const u32 heads = (items + blocks - 1) / blocks, wanted = items / heads;
+            if (wanted * heads == items && wanted * 16 >= blocks * 15) blocks = wanted;
+        } else if (items && blocks % items * 16 <= blocks) {
+            blocks -= blocks % items;
+        }
         each = all / max(blocks, 1u), rest = all - each * blocks;
     }
     // The first unit of a block's share: all * block / blocks.
@@ -248,81 +246,14 @@ struct Parts {
     __device__ __forceinline__ int slot(int n) const { return 2 * (from + n) + (n ? 0 : late); }
 };
 
-// COUNT floats; four at once, at multiples of 16 bytes.
-template <int COUNT>
-__device__ __forceinline__ void copy_floats(float (&to)[COUNT], const float* from) {
-    if constexpr (COUNT == 4) {
-        const float4 x = *reinterpret_cast<const float4*>(from);
-        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) to[i] = from[i];
-    }
+// At multiples of 16 bytes.
+__device__ __forceinline__ void copy_floats(float (&to)[4], const float* from) {
+    const float4 x = *reinterpret_cast<const float4*>(from);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
-template <int COUNT>
-__device__ __forceinline__ void copy_floats(float* to, const float (&from)[COUNT]) {
-    if constexpr (COUNT == 4) {
-        *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) to[i] = from[i];
-    }
-}
-
-// Merge parts into the output, a query a warp at a time.
-template <class Program>
-__device__ __forceinline__ void merge_by_query(
-    const Arguments& a, u16* out, int queries, const Parts& parts, u8* shared, int lane, int warp) {
-    float* weights = reinterpret_cast<float*>(shared + warp * Program::WARP_BYTES);
-    for (int query = warp; query < queries; query += WARPS) {
-        float2* statistics = reinterpret_cast<float2*>(a.statistics) + query;
-        float maximum = -INFINITY;
-        for (int n = lane; n < parts.count; n += 32)
-            maximum = fmaxf(maximum, __ldcg(statistics + parts.slot(n) * QUERIES).x);
-#pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
-        float sum[D / 32] = {}, total = 0.0f;
-        for (int begin = 0; begin < parts.count; begin += 32) {
-            __syncwarp();
-            float weight = 0.0f;
-            if (begin + lane < parts.count) {
-                const float2 found = __ldcg(statistics + parts.slot(begin + lane) * QUERIES);
-                weight = weight_of(found.x, maximum);
-                total = fmaf(found.y, weight, total);
-            }
-            weights[lane] = weight;
-            __syncwarp();
-            const int some = min(32, parts.count - begin);
-#pragma unroll 8
-            for (int n = 0; n < some; n++) {
-                const float* part =
-                    a.partial + (static_cast<long long>(parts.slot(begin + n)) * QUERIES + query) * D + lane;
-#pragma unroll
-                for (int i = 0; i < D / 32; i++) sum[i] = fmaf(__ldcg(part + 32 * i), weights[n], sum[i]);
-            }
-        }
-#pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
-        const float factor = a.output_unit / total;
-#pragma unroll
-        for (int i = 0; i < D / 32; i++)
-            out[query * a.output_head_stride + 32 * i + lane] = narrowed(sum[i] * Program::OUTPUT_UNIT * factor);
-    }
-}
-
-// Whether this block is the last of `count` to come here; what they wrote before is then there to read.
-__device__ __forceinline__ bool arrives_last(int* arrived, int count, int& is_last) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(arrived, 1) == count - 1;
-        if (is_last) *arrived = 0;
-    }
-    __syncthreads();
-    if (!is_last) return false;
-    __threadfence();
-    return true;
+__device__ __forceinline__ void copy_floats(float* to, const float (&from)[4]) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
 }
 
 // --- a block's share -------------------------------------------------------------------------------
@@ -330,15 +261,16 @@ __device__ __forceinline__ bool arrives_last(int* arrived, int count, int& is_la
 template <class Program>
 __device__ __forceinline__ void decode_work(const Arguments& a) {
     extern __shared__ __align__(16) u8 shared[];
-    int& is_last = *reinterpret_cast<int*>(shared + WARPS * Program::WARP_BYTES);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int per_request = a.heads * a.pieces;
 
     // The lengths were there before the kernel in front of this one began; queries and pages may not be.
     const Totals totals(a.query_start_loc, a.seq_lens, a.requests, 0, lane);
-    const Shares shares(
-        totals.units * per_request, totals.present * per_request, gridDim.x, Program::LEAST, Program::EVEN);
-    if (blockIdx.x >= shares.blocks) return;
+    const Shares shares(totals.units * per_request, totals.present * per_request, gridDim.x, Program::LEAST);
+    if (blockIdx.x >= shares.blocks) {
+        wait_for_results();  // else this kernel might end before the one in front, if no block has work
+        return;
+    }
     int at = shares[blockIdx.x];
     const int share_begin = at, end = shares[blockIdx.x + 1];
 
@@ -347,7 +279,7 @@ __device__ __forceinline__ void decode_work(const Arguments& a) {
     int request = found.index, units = found.units, begin = found.begin;
 
     wait_for_results();
-    if (!Program::MERGES) let_next_begin();  // the kernel that merges, once every block is here
+    let_next_begin();  // the kernel that merges, once every block is here
 #pragma unroll 1
     while (at < end) {
 #pragma unroll 1
@@ -370,7 +302,7 @@ __device__ __forceinline__ void decode_work(const Arguments& a) {
         const bool alone = first == 0 && last == units;
         const int slot = 2 * blockIdx.x + (at == share_begin ? 0 : 1);
         u16* out = a.output + row * a.output_stride + query_head * a.output_head_stride;
-        constexpr int CHANNELS = Program::CHANNELS, THREADS = D / CHANNELS;  // THREADS: of a query
+        constexpr int CHANNELS = 4, THREADS = D / CHANNELS;  // of a query: of a thread, and threads
 #pragma unroll 2
         for (int n = 0; n < (QUERIES * THREADS + WARPS * 32 - 1) / (WARPS * 32); n++) {
             const int i = n * (WARPS * 32) + threadIdx.x;
@@ -380,14 +312,14 @@ __device__ __forceinline__ void decode_work(const Arguments& a) {
                 return reinterpret_cast<float*>(shared + w * Program::WARP_BYTES) + query * Program::FOUND;
             };
             float maximum = -INFINITY, sum[CHANNELS] = {}, total = 0.0f;
-            float2 statistics[WARPS];
+            float2 statistics[Program::FINDERS];
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) {
+            for (int w = 0; w < Program::FINDERS; w++) {
                 statistics[w] = *reinterpret_cast<float2*>(found(w) + D);
                 maximum = fmaxf(maximum, statistics[w].x);
             }
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) {
+            for (int w = 0; w < Program::FINDERS; w++) {
                 const float weight = weight_of(statistics[w].x, maximum);
                 float x[CHANNELS];
                 copy_floats(x, found(w) + channel);
@@ -408,13 +340,6 @@ __device__ __forceinline__ void decode_work(const Arguments& a) {
                 if (channel == 0)
                     reinterpret_cast<float2*>(a.statistics)[slot * QUERIES + query] = make_float2(maximum, total);
             }
-        }
-        if (Program::MERGES && !alone) {
-            const int from = shares.owner_of(item_begin), parts = shares.owner_of(item_end - 1) - from + 1;
-            if (arrives_last(a.arrived + request * per_request + item, parts, is_last))
-                // Of the first of the blocks this may be the second part that it left.
-                merge_by_query<Program>(
-                    a, out, count, {from, parts, shares[from] < item_begin}, shared, lane, warp);
         }
         __syncthreads();
         at = min(end, item_end);

@@ -39,17 +39,20 @@ struct State {
     float maximum[TILES], total[TILES], output[TILES][GROUPS][2];
 };
 
-__device__ __forceinline__ void load_keys(
-    StoredKeys& k, const u8* const page[2], const int tile[2], int lane) {
+// Where two tiles are: their pages, advanced by their first tokens' codes and scales, of which a token has as many
+// bytes of keys as of values.
+struct Places {
+    const u8 *codes[2], *scales[2];
+};
+
+__device__ __forceinline__ void load_keys(StoredKeys& k, const Places& places, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int inside = tile[i] * 16 % PAGE;
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            const int token = inside + 8 * row + g;
-            load_words<K_WORDS>(k.codes[i][row], page[i] + token * (D / 2) + t * (D / 8));
-            const u8* scales = page[i] + K_SCALES + token * (D / 16);
+            load_words<K_WORDS>(k.codes[i][row], places.codes[i] + (g * (D / 2) + t * (D / 8)) + row * (4 * D));
+            const u8* scales = places.scales[i] + g * (D / 16) + (K_SCALES + row * (D / 2));
             if (D % 64 == 0)
                 load_words<SCALE_WORDS>(k.scales[i][row], scales);
             else
@@ -58,22 +61,20 @@ __device__ __forceinline__ void load_keys(
     }
 }
 
-__device__ __forceinline__ void load_values(
-    StoredValues& v, const u8* const page[2], const int tile[2], int lane) {
+__device__ __forceinline__ void load_values(StoredValues& v, const Places& places, int lane) {
     const int g = lane / 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int inside = tile[i] * 16 % PAGE / 16;
-        const u8* codes = page[i] + V_CODES + inside * (D * 8);
+        const u8* codes = places.codes[i] + V_CODES;
 #pragma unroll
         for (int first = 0; first < GROUPS; first += 4) {
             constexpr int LAST = GROUPS % 4 ? GROUPS % 4 : 4;
             if (first + 4 <= GROUPS)
-                load_words<4>(v.codes[i] + first, codes + first * 128 + lane * 16);
+                load_words<4>(v.codes[i] + first, codes + lane * 16 + first * 128);
             else
-                load_words<LAST>(v.codes[i] + first, codes + first * 128 + lane * (4 * LAST));
+                load_words<LAST>(v.codes[i] + first, codes + lane * (4 * LAST) + first * 128);
         }
-        load_words<V_SCALE_WORDS>(v.scales[i], page[i] + V_SCALES + inside * D + g * (2 * GROUPS));
+        load_words<V_SCALE_WORDS>(v.scales[i], places.scales[i] + g * (2 * GROUPS) + V_SCALES);
     }
 }
 
@@ -259,85 +260,115 @@ __device__ __forceinline__ void add_stored(
     }
 }
 
-__device__ __forceinline__ void stored_units(
-    State& state, u32& nan, const Arguments& a, const Ranges& r, const int* table, int head,
-    const u16* q, int first, int last, int lane) {
-    if (first >= last) return;
-    const int g = lane / 4;
-    Query query;
-    load_query(query, a, q, lane);
-    // Tiles outside the stored ones are read from its end, and masked.
-    const int least = r.stored_low / 16, most = (r.stored_high - 1) / 16, base = r.stored_low / 32;
-    const u8* page[2];
-    int tile[2];
-    const auto place = [&](int unit) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            tile[i] = min(max(2 * (base + unit) + i, least), most);
-            page[i] = tile_address(a, table, head, tile[i]);
-        }
-    };
+// The packed units of a warp, in turns from `unit` to `last`, counted from the request's first token.
+struct StoredUnits {
     StoredKeys keys;
     StoredValues values;
-    place(first);
-    load_keys(keys, page, tile, lane);
-    load_values(values, page, tile, lane);
-    for (int unit = first; unit < last; unit += WARPS) {
-        const bool more = unit + WARPS < last;
-        if (more) place(unit + WARPS);
-        float s[TILES][4];
-        u32 row_nan[4] = {};
-        stored_scores(s, row_nan, keys, query, a.opaque);
-        if (more) load_keys(keys, page, tile, lane);
-        const int token = (base + unit) * 32;
-        const bool masked = token < r.stored_low || token + 32 > r.stored_high;
-        bool hidden[4];
+    Places places;
+    int unit, last;
+
+    // unit, last: of those of the request that are packed.
+    __device__ __forceinline__ StoredUnits(const Ranges& r, int unit, int last)
+        : unit(r.stored_low / 32 + unit), last(r.stored_low / 32 + last) {}
+
+    __device__ __forceinline__ void place(const Arguments& a, const Part& part, int unit) {
+        // Tiles outside the stored ones are masked; so they are read where they share a page with the one beside,
+        // and else stored ones in their place.
+        const int least = part.ranges.stored_low / 16, most = (part.ranges.stored_high - 1) / 16;
+        const int* table = part.table(a);
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const int at = token + 8 * n + g;
-            hidden[n] = masked && (at < r.stored_low || at >= r.stored_high);
-            if (!hidden[n]) nan |= row_nan[n];
+        for (int i = 0; i < 2; i++) {
+            if (i && PAGE % 32 == 0) {
+                places.codes[1] = places.codes[0] + 8 * D, places.scales[1] = places.scales[0] + D;
+                break;
+            }
+            const int own = 2 * unit + i, tile = PAGE % 32 ? min(max(own, least), most) : own;
+            const u32 inside = static_cast<u32>(tile) * 16 % PAGE;
+            const u8* page = tile_address(a, table, part.head, tile);
+            places.codes[i] = page + inside * (D / 2), places.scales[i] = page + inside * (D / 16);
         }
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                s[i][n] = hidden[n] ? -INFINITY : capped(s[i][n] * query.scale[i], a.score_scale, a.cap);
-            softmax(state, i, s[i]);
-        }
-        add_stored(state, nan, values, s, lane, a.opaque);
-        if (more) load_values(values, page, tile, lane);
     }
-}
+
+    __device__ __forceinline__ void begin(const Arguments& a, const Part& part, int lane) {
+        if (unit >= last) return;
+        place(a, part, unit);
+        load_keys(keys, places, lane);
+    }
+
+    __device__ __forceinline__ void attend(State& state, u32& nan, const Arguments& a, const Part& part, int lane) {
+        if (unit >= last) return;
+        const int g = lane / 4;
+        Query query;
+        load_query(query, a, part.queries, lane);
+        load_values(values, places, lane);
+#pragma unroll 1
+        for (; unit < last; unit += WARPS) {
+            const bool more = unit + WARPS < last;
+            if (more) place(a, part, unit + WARPS);
+            float s[TILES][4];
+            u32 row_nan[4] = {};
+            stored_scores(s, row_nan, keys, query, a.opaque);
+            if (more) load_keys(keys, places, lane);
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+#pragma unroll
+                for (int n = 0; n < 4; n++) s[i][n] = capped(s[i][n] * query.scale[i], a.score_scale, a.cap);
+            }
+            const int low = part.ranges.stored_low, high = part.ranges.stored_high, token = unit * 32;
+            if (token < low || token + 32 > high) {
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    const int at = token + 8 * n + g;
+                    if (at < low || at >= high) {
+                        row_nan[n] = 0;
+#pragma unroll
+                        for (int i = 0; i < TILES; i++) s[i][n] = -INFINITY;
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    if (token + 16 * i + 16 <= low || token + 16 * i >= high) {  // no NaN from what was never stored
+#pragma unroll
+                        for (int w = 0; w < V_SCALE_WORDS; w++) values.scales[i][w] = 0;
+                    }
+                }
+            }
+            nan |= row_nan[0] | row_nan[1] | row_nan[2] | row_nan[3];
+#pragma unroll
+            for (int i = 0; i < TILES; i++) softmax(state, i, s[i]);
+            add_stored(state, nan, values, s, lane, a.opaque);
+            if (more) load_values(values, places, lane);
+        }
+    }
+};
 
 // --- tokens in 16 bits -----------------------------------------------------------------------------
 
 __device__ __forceinline__ void whole_unit(
-    State& state, const Arguments& a, const int* table, int head, const u16* q, const WholeUnit& unit, u8* shared,
-    int lane) {
+    State& state, const Arguments& a, const Part& part, const WholeUnit& unit, u8* shared, int lane) {
     const int g = lane / 4, t = lane % 4;
     const int tile = unit.tile, low = unit.low, high = unit.high;
-    // All loads first, since each way to memory and back is long.
-    uint4 values[D / 16], keys[D / 32][2];
+    const int* table = part.full_table(a);
+    // A page of 16 tokens, or of several times 16, has all of a tile.
+    const u16* page = FULL_PAGE % 16 ? nullptr : whole_token(a, table, part.head, tile * 16, 0, tile * 16 + 1);
+    const auto row = [&](int token) {
+        if (FULL_PAGE % 16) return whole_token(a, table, part.head, tile * 16 + token, low, high);
+        return page + (min(max(tile * 16 + token, low), high - 1) - tile * 16) * (2 * D);
+    };
+    // All loads first, since each way to memory is long. Values go to shared memory, to be read transposed.
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         const int chunk = i * 32 + lane, token = chunk / (D / 8), part = chunk % (D / 8);
-        values[i] = load_whole(whole_token(a, table, head, tile * 16 + token, low, high) + D + part * 8);
+        copy_16(shared + token * PITCH + part * 16, row(token) + D + part * 8);
     }
-    const u16* rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) rows[i] = whole_token(a, table, head, tile * 16 + g + 8 * i, low, high);
+    uint4 keys[D / 32][2];
+    const u16* rows[2] = {row(g), row(g + 8)};
 #pragma unroll
     for (int j = 0; j < D / 32; j++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) keys[j][i] = load_whole(rows[i] + 32 * j + 8 * t);
     }
-    // Values, to be read transposed.
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const int chunk = i * 32 + lane, token = chunk / (D / 8), part = chunk % (D / 8);
-        *reinterpret_cast<uint4*>(shared + token * PITCH + part * 16) = values[i];
-    }
+    __syncwarp();  // else copies are issued behind what waits for keys
     float c[TILES][4] = {};
 #pragma unroll
     for (int j = 0; j < D / 32; j++) {
@@ -347,11 +378,12 @@ __device__ __forceinline__ void whole_unit(
         for (int i = 0; i < TILES; i++) {
             const int index = 4 * i + g / 2;
             uint4 z = make_uint4(0, 0, 0, 0);
-            if (g % 2 == 0 && index < QUERIES) z = load_whole(q + index * a.q_head_stride + 32 * j + 8 * t);
+            if (g % 2 == 0 && index < QUERIES) z = load_whole(part.queries + index * a.q_head_stride + 32 * j + 8 * t);
             mma_16(c[i], one, z.x, z.y);
             mma_16(c[i], two, z.z, z.w);
         }
     }
+    wait_for_copies();
     __syncwarp();
     u32 operand[TILES][2];
 #pragma unroll
@@ -397,12 +429,12 @@ __device__ __forceinline__ void whole_unit(
 // --- a block's share -------------------------------------------------------------------------------
 
 struct Narrow {
-    static constexpr int FOUND = D + 2;
-    static constexpr int OF_VALUES = 16 * PITCH, OF_FOUND = QUERIES * FOUND * 4;
-    static constexpr int WARP_BYTES = (OF_VALUES > OF_FOUND ? OF_VALUES : OF_FOUND + 15) / 16 * 16;
-    static constexpr float OUTPUT_UNIT = 6.646139978924579e35f;  // 2^119: sums are of P_UNIT, 2^-14 and 2^-120
-    static constexpr int LEAST = 1, CHANNELS = 1;
-    static constexpr bool EVEN = false, MERGES = true, RAGGED = false;
+    static constexpr int FINDERS = WARPS, FOUND = D + 8;  // lanes of a store go to different banks
+    static constexpr int WARP_BYTES = 16 * PITCH;
+    static constexpr float OUTPUT_UNIT = NARROW_OUTPUT_UNIT;
+    static constexpr int LEAST = NARROW_LEAST;
+    static constexpr bool RAGGED = false;
+    static_assert(QUERIES * FOUND * 4 <= WARP_BYTES);
 
     static __device__ __forceinline__ void attend(
         const Part& part, const Arguments& a, u8* shared, int lane, int warp) {
@@ -415,15 +447,17 @@ struct Narrow {
 #pragma unroll
             for (int m = 0; m < GROUPS; m++) state.output[i][m][0] = state.output[i][m][1] = 0.0f;
         }
-        u32 nan = 0;
-        const int* full_table = part.full_table(a);
-        const int whole = part.whole_units();
+        // What the first units need is under way before anything is waited for.
+        const int whole = part.whole_units(), whole_end = min(part.last, whole);
         int unit = part.first + warp;
+        StoredUnits stored(
+            part.ranges, unit + (max(whole - unit, 0) + WARPS - 1) / WARPS * WARPS - whole, part.last - whole);
+        stored.begin(a, part, lane);
 #pragma unroll 1
-        for (; unit < min(part.last, whole); unit += WARPS)
-            whole_unit(state, a, full_table, part.head, part.queries, WholeUnit(part.ranges, unit), mine, lane);
-        stored_units(
-            state, nan, a, part.ranges, part.table(a), part.head, part.queries, unit - whole, part.last - whole, lane);
+        for (; unit < whole_end; unit += WARPS)
+            whole_unit(state, a, part, WholeUnit(part.ranges, unit), mine, lane);
+        u32 nan = 0;
+        stored.attend(state, nan, a, part, lane);
 
         const bool broken = __any_sync(~0u, nan & 0x80808080u);
         float* found = reinterpret_cast<float*>(mine);

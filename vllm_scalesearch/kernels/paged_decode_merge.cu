@@ -1,4 +1,4 @@
-// Merge what blocks of paged_decode_wide.cu found of the heads of requests that several of them shared.
+// Merge what blocks of a decoding kernel found of the heads of requests that several of them shared.
 //
 // A block has a head of a request and some of its queries. Grid: as many as there are heads of requests, or, if fewer,
 // as that kernel had blocks: then a block has the head that its share ends in. And how many blocks share the queries.
@@ -9,6 +9,8 @@
 
 #include "decode_work.cuh"
 
+constexpr bool WIDE = QUERIES > 8;         // behind paged_decode_wide.cu, which has no programs of fewer
+constexpr float OUTPUT_UNIT = WIDE ? WIDE_OUTPUT_UNIT : NARROW_OUTPUT_UNIT;
 constexpr int MERGE_WARPS = 8;
 constexpr int PIECES = (D + 127) / 128;    // of 4 channels of a lane
 constexpr int AT_ONCE = 8 / PIECES;        // parts of a warp
@@ -26,7 +28,8 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 4) paged_decode_m
     const bool by_head = gridDim.x == requests * per_request;
     int request = by_head ? blockIdx.x / per_request : 0, item = by_head ? blockIdx.x % per_request : 0;
     const Totals totals(query_start_loc, seq_lens, requests, request, lane);
-    const Shares shares(totals.units * per_request, totals.present * per_request, blocks, WIDE_LEAST, WIDE_EVEN);
+    const Shares shares(
+        totals.units * per_request, totals.present * per_request, blocks, WIDE ? WIDE_LEAST : NARROW_LEAST);
     int units = 0, begin = totals.before * per_request;
     if (by_head) {
         units = units_of(query_start_loc, seq_lens, requests, request);
@@ -46,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 4) paged_decode_m
     }
     const long long row = query_start_loc[request];
     wait_for_results();  // all blocks, also those without work: kernels behind this one rely on the one in front
+    let_next_begin();
     if (parts.count < 2) return;
 
     const int of_block = (QUERIES + gridDim.y - 1) / gridDim.y;  // queries
@@ -117,6 +121,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 4) paged_decode_m
         }
         const float factor = output_unit / all_total;
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[channel + i] = narrowed(merged[i] * WIDE_OUTPUT_UNIT * factor);
+        for (int i = 0; i < 4; i++) out[channel + i] = narrowed(merged[i] * OUTPUT_UNIT * factor);
     }
 }

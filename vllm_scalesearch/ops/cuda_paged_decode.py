@@ -1,4 +1,4 @@
-"""Decoding attention over the paged cache in CUDA C++: kernels/paged_decode.cu, or paged_decode_wide.cu and
+"""Decoding attention over the paged cache in CUDA C++: kernels/paged_decode.cu or paged_decode_wide.cu, and
 paged_decode_merge.cu behind it.
 
 One query token a request, K and V stored and nothing else quantized, V's blocks along tokens. The Triton kernel
@@ -19,10 +19,12 @@ from vllm_scalesearch.ops.step import Step
 HEAD_SIZES = (64, 96, 128, 256)
 _WARPS = 4
 _MERGE, _MERGE_WARPS = "paged_decode_merge", 8
-# Query heads of a KV head up to which paged_decode.cu takes them; paged_decode_wide.cu takes more.
+# Query heads of a KV head up to which paged_decode.cu takes them; paged_decode_wide.cu takes more, and how
+# many at once.
 _NARROW = 8
-# Heads of requests that one stream's blocks can count the arrivals of.
-_ITEMS = 1 << 16
+_WIDE = 32
+# Shared memory for a multiprocessor's blocks, some for the device left over.
+_SHARED_BYTES = 220 * 1024
 # Sums are kept in units of V's tensor scale, times 2^-119 or 2^-14, which must leave room on both sides.
 _LEAST_V_SCALE, _LARGEST_V_SCALE = 2.0**-60, 2.0**4
 
@@ -47,15 +49,14 @@ class Program:
     """A compiled kernel's source and macros, and what a launch has to know of it.
 
     pieces: programs that share a KV head's query heads, `queries` each, the last one maybe fewer.
-    merges: the kernel merges what its blocks found; else _MERGE does, compiled with the same macros.
     blocks: of a multiprocessor. full_unit: of sums, what 16-bit values are in, v_scale apart.
+    What its blocks found is merged by _MERGE, compiled with the same macros.
     """
 
     name: str
     macros: tuple[str, ...]
     queries: int
     pieces: int
-    merges: bool
     blocks: int
     shared_bytes: int
     full_unit: float
@@ -72,14 +73,9 @@ def queries_of(group: int, head_size: int) -> int:
     equal shares.
     """
     if group > _NARROW:
-        return -(-group // -(-group // _most_wide(head_size)))
+        return -(-group // -(-group // _WIDE))
     most = 4 if head_size > 128 else 8
     return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
-
-
-def _most_wide(head_size: int) -> int:
-    """Query heads whose sums fit into a warp's registers."""
-    return 16 if head_size > 128 else 32
 
 
 def program(
@@ -90,16 +86,19 @@ def program(
     queries = queries_of(group, dim)
     if group > _NARROW:
         tiles = -(-queries // 16)
-        sums = tiles * dim  # twice the registers that a lane has them in
-        blocks = 4 if sums <= 64 else 3 if sums <= 128 else 2
-        # Two units of packed tokens, 16 tokens in 16 bits, or sums; for the block, queries and their factors.
-        warp = max(2 * 36 * dim, 16 * (4 * dim + 16), queries * (dim + 8) * 4)
-        block = tiles * 16 * (2 * dim + 16 + 4)
+        blocks = 2 if tiles * dim > 128 else 4  # as registers allow
+        # For the block queries, their factors, its warps' maxima, P.
+        block = tiles * 16 * (2 * dim + 16 + 4 + 4 * _WARPS + 64 * _WARPS + 16)
+        # For a warp two units of packed tokens, or where there is room one and 16 tokens in 16 bits.
+        warp = 36 * dim + 16 * (4 * dim + 16)
+        ahead = blocks * (_WARPS * warp + block) <= _SHARED_BYTES
+        if not ahead:
+            warp = 2 * 36 * dim
         name, full_unit = "paged_decode_wide", 2.0**-14
     else:
         tiles = 1 if queries <= 4 else 2
         blocks = 2 if dim > 128 else 4 if tiles == 1 else 3
-        warp = max(16 * (2 * dim + 16), queries * (dim + 2) * 4)  # a tile of 16-bit values
+        warp = 16 * (2 * dim + 16)  # a tile of 16-bit values; sums are no more
         block = 0
         name, full_unit = "paged_decode", 2.0**-119
     macros = (
@@ -108,8 +107,10 @@ def program(
         f"WINDOW={options.sliding_window or 0}", f"SOFT_CAP={int(options.logits_soft_cap is not None)}",
         f"HALF={int(dtype == torch.float16)}", f"BLOCKS={blocks}",
     )  # fmt: skip
-    shared = _WARPS * (-(-warp // 16) * 16) + 16 + block  # 16: whether the block is the last one
-    return Program(name, macros, queries, -(-group // queries), group <= _NARROW, blocks, shared, full_unit)
+    if group > _NARROW:
+        macros += (f"AHEAD={int(ahead)}",)
+    shared = _WARPS * (-(-warp // 16) * 16) + block
+    return Program(name, macros, queries, -(-group // queries), blocks, shared, full_unit)
 
 
 def decode(
@@ -146,8 +147,6 @@ def decode(
     if not requests:
         return
     found = program(layout, full.shape[2], options, group, q.dtype)
-    if requests * heads * found.pieces > _ITEMS:
-        raise ValueError(f"paged decode: {requests} requests of {heads} heads are more than {_ITEMS} in all")
     run = _kernel(found.name, found.macros, q.device)
     early = torch.cuda.get_device_capability(q.device)[0] >= 9
     grid = _multiprocessors(q.device) * found.blocks
@@ -158,24 +157,23 @@ def decode(
     run(
         (grid, 1, 1), 32 * _WARPS, found.shared_bytes,
         q, pages, full, output, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
-        partial, statistics, _arrived(q.device) if found.merges else None,
+        partial, statistics,
         requests, heads, found.pieces, group, step.block_table.stride(0), step.full_block_table.stride(0),
         q.stride(0), q.stride(1), output.stride(0), output.stride(1), pages.stride(0), pages.stride(1),
         full.stride(0), full.stride(1), score_scale, cap, found.full_unit / v_scale, v_scale,
         512, 32, 2, 0x70007000,
         early=early,
     )  # fmt: skip
-    if not found.merges:
-        shared_heads = min(requests * heads * found.pieces, grid)
-        # As many blocks as fill the device, up to one for each query.
-        queries = found.queries * shared_heads // (2 * _multiprocessors(q.device))
-        programs = -(-found.queries // min(max(queries, 1), _MERGE_WARPS))
-        _kernel(_MERGE, found.macros, q.device)(
-            (shared_heads, programs, 1), 32 * _MERGE_WARPS, _MERGE_WARPS * (4 * dim + 8),
-            step.query_start_loc, step.seq_lens, partial, statistics, output,
-            requests, heads, found.pieces, group, grid, output.stride(0), output.stride(1), v_scale,
-            early=early,
-        )  # fmt: skip
+    shared_heads = min(requests * heads * found.pieces, grid)
+    # As many blocks as fill the device, up to one for each query.
+    queries = found.queries * shared_heads // (2 * _multiprocessors(q.device))
+    programs = -(-found.queries // min(max(queries, 1), _MERGE_WARPS))
+    _kernel(_MERGE, found.macros, q.device)(
+        (shared_heads, programs, 1), 32 * _MERGE_WARPS, _MERGE_WARPS * (4 * dim + 8),
+        step.query_start_loc, step.seq_lens, partial, statistics, output,
+        requests, heads, found.pieces, group, grid, output.stride(0), output.stride(1), v_scale,
+        early=early,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -186,17 +184,3 @@ def _kernel(name: str, macros: tuple[str, ...], device: torch.device) -> Kernel:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _arrived(device: torch.device) -> torch.Tensor:
-    """Zeros, which a launch leaves as zeros; launches of one stream follow each other and share them."""
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters:
-        zeros = torch.zeros(_ITEMS, dtype=torch.int32, device=device)
-        if torch.cuda.is_current_stream_capturing():
-            return zeros  # lives and is set in the graph
-        _counters[key] = zeros
-    return _counters[key]
