@@ -62,7 +62,7 @@ def _keeping(quantize: Callable) -> Callable:
 
 def _keep_what_is_quantized() -> None:
     from vllm_scalesearch.linear import ScaleSearchLinearMethod
-    from vllm_scalesearch.moe import ScaleSearchMoEMethod
+    from vllm_scalesearch.moe_method import ScaleSearchMoEMethod
 
     for method in (ScaleSearchLinearMethod, ScaleSearchMoEMethod):
         method._quantize = _keeping(method._quantize)
