@@ -111,8 +111,8 @@ __device__ __forceinline__ const u8* tile_address(
 __device__ __forceinline__ const u16* whole_token(
     const Arguments& a, const int* table, int head, int token, int low, int high) {
     token = min(max(token, low), high - 1);
-    return a.full + static_cast<long long>(__ldg(table + token / FULL_PAGE)) * a.full_stride + head * a.full_head_stride +
-           token % FULL_PAGE * (2 * D);
+    return a.full + static_cast<long long>(__ldg(table + token / FULL_PAGE)) * a.full_stride +
+           head * a.full_head_stride + token % FULL_PAGE * (2 * D);
 }
 
 // A unit of tokens in 16 bits: of the 16 of a tile those in [low, high).

@@ -223,7 +223,7 @@ template <class Memory>
 __device__ __forceinline__ void transform_rows(Memory& memory, const uint4* matrix, int column) {
     constexpr int TOGETHER = HALF || ROWS == 1 ? 1 : 2;  // rows: for independent sums, and few registers
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const u32 rows = shared_address(memory.tokens) + lane % 16 * PITCH + lane / 16 * 16;
+    const u32 rows = matrices_address<PITCH>(memory.tokens, lane);
     float sums[ROWS][N][4] = {};
 #pragma unroll 1
     for (int j = 0; j < D / 32; j++) {
@@ -278,7 +278,7 @@ __device__ __forceinline__ void transform_rows(Memory& memory, const uint4* matr
             for (int i = 0; i < 2; i++)
                 *reinterpret_cast<u32*>(
                     memory.tokens + (16 * r + 8 * i + g) * PITCH + (column + 8 * (N * warp + n) + 2 * t) * 2) =
-                    narrowed(sums[r][n][2 * i]) | narrowed(sums[r][n][2 * i + 1]) << 16;
+                    narrowed(sums[r][n][2 * i], sums[r][n][2 * i + 1]);
         }
     }
     __syncthreads();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "packed_halves.cuh"
+#include "warp_matrices.cuh"
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -20,6 +21,27 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// The largest of the lanes that differ in bits from FIRST up to END alone.
+template <int FIRST, int END>
+__device__ __forceinline__ float max_across(float x) {
+#pragma unroll
+    for (int mask = FIRST; mask < END; mask *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, mask));
+    return x;
+}
+
+// The sum of those.
+template <int FIRST, int END>
+__device__ __forceinline__ float sum_across(float x) {
+#pragma unroll
+    for (int mask = FIRST; mask < END; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+}
+
+// What exponents are relative to: a maximum is -inf until a first token is seen.
+__device__ __forceinline__ float base_of(float maximum) {
+    return maximum == -INFINITY ? 0.0f : maximum;
 }
 
 // 16-bit numbers, in the low half of a word.
@@ -41,6 +63,28 @@ __device__ __forceinline__ u32 narrowed(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
 #endif
     return y;
+}
+
+// Two such numbers in a word, the first in the low half.
+__device__ __forceinline__ u32 narrowed(float low, float high) {
+    u32 pair;
+#if HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+
+__device__ __forceinline__ float2 widened_pair(u32 x) {
+    return make_float2(widened(x & 0xFFFF), widened(x >> 16));
+}
+
+// Two numbers in two parts: rounded, and what is left of them, `rest`.
+__device__ __forceinline__ u32 split(float low, float high, u32& rest) {
+    const u32 rounded = narrowed(low) | narrowed(high) << 16;
+    rest = narrowed(low - widened(rounded & 0xFFFF)) | narrowed(high - widened(rounded >> 16)) << 16;
+    return rounded;
 }
 
 // COUNT words that are read once, at an address that is a multiple of 4 * COUNT bytes, or of 4 where COUNT is odd.
@@ -124,6 +168,15 @@ __device__ __forceinline__ float e4m3_bits(u32 word, int index) {
     return __uint_as_float((left >= 0 ? word << (left & 31) : word >> (-left & 31)) & 0x07F00000u);
 }
 
+// Of four E4M3 numbers, positive or NaN: bit 7 of a byte is set where it is NaN. Marks are gathered by `or`.
+__device__ __forceinline__ u32 nan_marks(u32 word) {
+    return word + 0x01010101u;
+}
+
+__device__ __forceinline__ bool any_nan(u32 marks) {  // of a warp
+    return __any_sync(~0u, marks & 0x80808080u);
+}
+
 // The two E4M3 numbers of a word's low or HIGH half, positive or NaN, as fp16.
 #if __CUDA_ARCH__ >= 890
 constexpr bool E4M3_NAN_IS_NAN = true;
@@ -155,40 +208,31 @@ __device__ __forceinline__ u32 as_halves(float low, float high) {
     return pair;
 }
 
-// c (16, 8) += a (16, 16) b (16, 8), fp16.
-__device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// Powers of two: `up` brings numbers of which `amax` is the largest to fp16's upper range, that one to [2^14, 2^15), so
+// that bf16 is exact but for what is below 2^-28 of it; `back` undoes that, and the 2^-14 of E2M1, in their products.
+struct UpperRange {
+    float up, back;
 
-// The same of numbers of the model's dtype.
-__device__ __forceinline__ void mma_16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if HALF
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-#endif
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+    __device__ __forceinline__ explicit UpperRange(float amax) {
+        const int exponent = min(max(static_cast<int>(__float_as_uint(amax) >> 23), 40), 220);
+        up = __uint_as_float((268 - exponent) << 23), back = __uint_as_float(exponent << 23);
+    }
+};
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-// Four 8x8 matrices of 16-bit numbers from shared memory: lane l has the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-
-// The same transposed.
-__device__ __forceinline__ void load_transposed(u32 (&x)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+// COUNT words of shared memory, at an address that is a multiple of 4 * COUNT bytes, up to 16.
+template <int COUNT>
+__device__ __forceinline__ void read_words(u32* words, const u8* from) {
+    if constexpr (COUNT % 4 == 0) {
+        const uint4 x = *reinterpret_cast<const uint4*>(from);
+        words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+        if constexpr (COUNT > 4) read_words<COUNT - 4>(words + 4, from + 16);
+    } else if constexpr (COUNT == 2) {
+        const uint2 x = *reinterpret_cast<const uint2*>(from);
+        words[0] = x.x, words[1] = x.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) words[i] = *reinterpret_cast<const u32*>(from + 4 * i);
+    }
 }
 
 // 16 bytes to shared memory, in the background.

@@ -84,11 +84,7 @@ __device__ __forceinline__ void softmax(State& state, int tile, float (&s)[COUNT
     float most = s[0];
 #pragma unroll
     for (int i = 1; i < COUNT; i++) most = fmaxf(most, s[i]);
-#pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, mask));
-    const float before = state.maximum[tile], now = fmaxf(before, most);
-    // All is -inf until a first token is seen.
-    const float base = now == -INFINITY ? 0.0f : now;
+    const float before = state.maximum[tile], now = fmaxf(before, max_across<4, 32>(most)), base = base_of(now);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
@@ -127,28 +123,23 @@ __device__ __forceinline__ void load_query(Query& query, const Arguments& a, con
             uint2 pair = make_uint2(0, 0);
             if (index < QUERIES)
                 pair = *reinterpret_cast<const uint2*>(q + index * a.q_head_stride + 32 * j + 16 * (g % 2) + 4 * t);
-            x[j][0] = widened(pair.x & 0xFFFF), x[j][1] = widened(pair.x >> 16);
-            x[j][2] = widened(pair.y & 0xFFFF), x[j][3] = widened(pair.y >> 16);
+            const float2 one = widened_pair(pair.x), two = widened_pair(pair.y);
+            x[j][0] = one.x, x[j][1] = one.y, x[j][2] = two.x, x[j][3] = two.y;
 #pragma unroll
             for (int i = 0; i < 4; i++) amax = fmaxf(amax, fabsf(x[j][i]));
         }
-#pragma unroll
-        for (int mask = 1; mask < 8; mask *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, mask));
-        // A power of two that brings the largest to [2^14, 2^15).
-        const int exponent = min(max(static_cast<int>(__float_as_uint(amax) >> 23), 40), 220);
-        const float unit = __uint_as_float((268 - exponent) << 23);
+        const UpperRange range(max_across<1, 8>(amax));
 #pragma unroll
         for (int j = 0; j < K_WORDS; j++) {
-            const u32 even = as_halves(x[j][0] * unit, x[j][2] * unit);
-            const u32 odd = as_halves(x[j][1] * unit, x[j][3] * unit);
+            const u32 even = as_halves(x[j][0] * range.up, x[j][2] * range.up);
+            const u32 odd = as_halves(x[j][1] * range.up, x[j][3] * range.up);
 #pragma unroll
             for (int parity = 0; parity < 2; parity++) {
                 query.operand[tile][parity][j][0] = g % 2 == parity ? even : 0u;
                 query.operand[tile][parity][j][1] = g % 2 == parity ? odd : 0u;
             }
         }
-        // Of query t, which the lanes with g / 2 == t have; and E2M1 is 2^-14 of itself.
-        query.scale[tile] = __shfl_sync(~0u, __uint_as_float(exponent << 23), 8 * t);
+        query.scale[tile] = __shfl_sync(~0u, range.back, 8 * t);  // lanes with g / 2 == t have query t
     }
 }
 
@@ -169,8 +160,8 @@ __device__ __forceinline__ void fragment_of_columns(u32 (&fragment)[4], u32 code
     fragment[3] = halves_of_e2m1<12>(codes, opaque);
 }
 
-// Scores of a unit, softmax scale apart: lane (g, t) has tokens g, g + 8, g + 16, g + 24 and query t. nan: bit 7 of a
-// byte is set where a token's scale is NaN.
+// Scores of a unit, softmax scale apart: lane (g, t) has tokens g, g + 8, g + 16, g + 24 and query t. nan: marks
+// of each token's scales.
 __device__ __forceinline__ void stored_scores(
     float (&s)[TILES][4], u32 (&nan)[4], const StoredKeys& k, const Query& query, const Opaque& opaque) {
 #pragma unroll
@@ -200,7 +191,7 @@ __device__ __forceinline__ void stored_scores(
 #pragma unroll
         for (int row = 0; row < 2; row++) {
 #pragma unroll
-            for (int w = 0; w < SCALE_WORDS; w++) nan[2 * i + row] |= k.scales[i][row][w] + 0x01010101u;
+            for (int w = 0; w < SCALE_WORDS; w++) nan[2 * i + row] |= nan_marks(k.scales[i][row][w]);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) s[tile][2 * i + row] = sum[tile][row] * E4M3_BITS_UNIT;
         }
@@ -256,7 +247,7 @@ __device__ __forceinline__ void add_stored(
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll
-        for (int w = 0; w < V_SCALE_WORDS; w++) nan |= v.scales[i][w] + 0x01010101u;
+        for (int w = 0; w < V_SCALE_WORDS; w++) nan |= nan_marks(v.scales[i][w]);
     }
 }
 
@@ -396,9 +387,8 @@ __device__ __forceinline__ void whole_unit(
         }
         softmax(state, i, s);
         // P of query g / 2, its high part where g is even and what is left where it is odd.
-        const u32 high_part = narrowed(s[0]) | narrowed(s[1]) << 16;
-        const u32 low_part = narrowed(s[0] - widened(high_part & 0xFFFF)) |
-                                  narrowed(s[1] - widened(high_part >> 16)) << 16;
+        u32 low_part;
+        const u32 high_part = split(s[0], s[1], low_part);
         u32 from[2];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
@@ -410,7 +400,7 @@ __device__ __forceinline__ void whole_unit(
         operand[i][0] = __byte_perm(from[0], from[1], 0x5410);
         operand[i][1] = __byte_perm(from[0], from[1], 0x7632);
     }
-    const u32 address = shared_address(shared) + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16;
+    const u32 address = transposed_address<PITCH>(shared, lane);
 #pragma unroll
     for (int m = 0; m < GROUPS; m++) {
         u32 fragment[4];
@@ -459,14 +449,12 @@ struct Narrow {
         u32 nan = 0;
         stored.attend(state, nan, a, part, lane);
 
-        const bool broken = __any_sync(~0u, nan & 0x80808080u);
+        const bool broken = any_nan(nan);
         float* found = reinterpret_cast<float*>(mine);
         const int g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            float total = state.total[i];
-#pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
+            float total = sum_across<4, 32>(state.total[i]);
             if (broken) total = NAN;
             const int index = 4 * i + t;
             if (index < QUERIES) {

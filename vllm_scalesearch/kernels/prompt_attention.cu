@@ -137,17 +137,6 @@ __device__ __forceinline__ u32 max_half2(u32 a, u32 b) {
     return out;
 }
 
-// Two numbers of the model's dtype, the first in the low half.
-__device__ __forceinline__ u32 pair(float low, float high) {
-    u32 out;
-#if HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#endif
-    return out;
-}
-
 // --- P ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 twice(float x) {
@@ -318,7 +307,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prompt_attention(
 #if HALF
         shared.scales[i] = twice(scale_of(i) * 64);  // 2^14 UNIT
 #else
-        shared.scales[i] = pair(scale_of(i) * 3.3230699894622897e35f, scale_of(i) * 3.3230699894622897e35f);  // 2^118
+        shared.scales[i] =  // times 2^118
+            narrowed(scale_of(i) * 3.3230699894622897e35f, scale_of(i) * 3.3230699894622897e35f);
 #endif
     }
     for (int i = tid; i < CODES * 2 * QUADS; i += THREADS)
@@ -421,18 +411,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prompt_attention(
             float most = -INFINITY;
 #pragma unroll
             for (int i = 0; i < 16; i++) most = fmaxf(most, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            most = ceilf(most * score_scale);
-            const float now = fmaxf(maximum[r], most);
-            const float base = now == -INFINITY ? 0.0f : now;
+            most = ceilf(max_across<1, 4>(most) * score_scale);
+            const float now = fmaxf(maximum[r], most), base = base_of(now);
             changed |= now != maximum[r];
             decay[r] = exp2_approx(maximum[r] - base);
             maximum[r] = now;
             float offset = LEVELS_LOG2 + UNIT_LOG2 - base;
             if (P_QUANTIZED && item.stored) {
                 stored_maximum[r] = fmaxf(stored_maximum[r], most);
-                offset = LEVELS_LOG2 - (stored_maximum[r] == -INFINITY ? 0.0f : stored_maximum[r]);
+                offset = LEVELS_LOG2 - base_of(stored_maximum[r]);
             }
 #pragma unroll
             for (int i = 0; i < 16; i++) {
@@ -451,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prompt_attention(
             for (int i = 0; i < 16; i++) {
                 const float low = s[4 * i + 2 * r], high = s[4 * i + 2 * r + 1];
                 sum += low + high;
-                p[r][i / 8][i % 8] = pair(low, high);
+                p[r][i / 8][i % 8] = narrowed(low, high);
             }
             total[r] = fmaf(sum, 1.0f / UNIT, total[r]);
         }
@@ -508,14 +495,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prompt_attention(
     fence(o);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        total[r] += __shfl_xor_sync(~0u, total[r], 1);
-        total[r] += __shfl_xor_sync(~0u, total[r], 2);
-        const float factor = 1.0f / (total[r] * UNIT);
+        const float factor = 1.0f / (sum_across<1, 4>(total[r]) * UNIT);
         if (row + 8 * r >= queries) continue;
         u16* to = output + static_cast<long long>(start + row + 8 * r) * output_stride +
                   query_head * output_head_stride + 2 * t;
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
-            *reinterpret_cast<u32*>(to + 8 * i) = pair(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
+            *reinterpret_cast<u32*>(to + 8 * i) = narrowed(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
     }
 }

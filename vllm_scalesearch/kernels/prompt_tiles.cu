@@ -21,10 +21,6 @@ __device__ __forceinline__ float element(u32 code, float scale) {
     return bits * 1.8446744073709552e19f * scale;                             // 2^64
 }
 
-__device__ __forceinline__ u32 pair(float low, float high) {
-    return narrowed(low) | narrowed(high) << 16;
-}
-
 struct Range {
     int low, high;
     __device__ bool has(int token) const { return token >= low && token < high; }
@@ -87,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(128) prompt_tiles(
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         const u32 two = words[i / 2] >> (16 * (i % 2) + 4 * half);
-                        x[i] = pair(element(two, scale), element(two >> 8, scale));
+                        x[i] = narrowed(element(two, scale), element(two >> 8, scale));
                     }
                     *reinterpret_cast<uint4*>(keys + (4 * j + 2 * half + m) * 128) =
                         make_uint4(x[0], x[1], x[2], x[3]);
@@ -114,8 +110,8 @@ extern "C" __global__ void __launch_bounds__(128) prompt_tiles(
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const u32 word = some ? *reinterpret_cast<const u32*>(codes + 16 * i) >> (4 * half) : 0;
-                    x[t][2 * i] = pair(element(word, scale), element(word >> 8, scale));
-                    x[t][2 * i + 1] = pair(element(word >> 16, scale), element(word >> 24, scale));
+                    x[t][2 * i] = narrowed(element(word, scale), element(word >> 8, scale));
+                    x[t][2 * i + 1] = narrowed(element(word >> 16, scale), element(word >> 24, scale));
                 }
             } else {
 #pragma unroll
