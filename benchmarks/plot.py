@@ -104,13 +104,19 @@ def serve_attention() -> plt.Figure:
             bars = axis.bar(places, rates, 0.75 / len(runs), label=name, color=color)
             if part == "fixed":
                 axis.bar_label(bars, [rates["batch"] for _, rates in found], fontsize=7)
+            elif all("kernels_ms" in rates for _, rates in found):
+                base = [runs["bf16"][part][columns[at]]["kernels_ms"] for at, _ in found]
+                alone = [ms / rates["kernels_ms"] for ms, (_, rates) in zip(base, found, strict=True)]
+                label = "by kernels alone" if i == 0 else None
+                axis.plot(places, alone, "D", color="white", markeredgecolor="tab:red", label=label)
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set_xticks(range(len(columns)), columns)
         axis.set(xlabel=titles[part], ylabel="output tokens/s over the bf16 cache's")
     if "fixed" in parts:
         axes[0][-1].set_title("as many requests as fit (above the bars)", fontsize=10)
     axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"{results['layers']} layers of Llama-3.1-8B's shape in vLLM, by KV cache ({machine})")
+    title = f"{results['layers']} layers of Llama-3.1-8B's shape in vLLM, by KV cache ({machine})"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
