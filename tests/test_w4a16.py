@@ -108,24 +108,30 @@ def test_a_failed_build_has_the_compilers_words():
         compile_kernel("w4a16_decode.cu", "w4a16_decode", ("HALF=0",), "sm_90a")
 
 
+def _pretend(monkeypatch, capability):
+    """That the GPU has this compute capability."""
+    from vllm.platforms.interface import DeviceCapability
+
+    from vllm_scalesearch import linear
+
+    monkeypatch.setattr(
+        type(linear.current_platform),
+        "get_device_capability",
+        classmethod(lambda cls, device_id=0: DeviceCapability(*capability)),
+    )
+
+
 @pytest.mark.parametrize(
     ("kernel", "capabilities"),
     [("HummingNvFp4LinearKernel", {(9, 0)}), ("MarlinNvFp4LinearKernel", {(8, 0), (8, 9), (9, 0), (12, 0)})],
 )
 def test_only_weights_whose_order_is_known_are_read(monkeypatch, kernel, capabilities):
     """Humming keeps weights otherwise on other GPUs: reading those would give wrong numbers."""
-    from vllm.platforms.interface import DeviceCapability
-
     from vllm_scalesearch import linear, vllm_api
 
     made = object.__new__(getattr(vllm_api, kernel))
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
-        found = DeviceCapability(*capability)
-        monkeypatch.setattr(
-            type(linear.current_platform),
-            "get_device_capability",
-            classmethod(lambda cls, device_id=0, found=found: found),
-        )
+        _pretend(monkeypatch, capability)
         assert linear._decode_reads(made) == (capability in capabilities)
     assert not linear._decode_reads(object())
 
@@ -142,15 +148,9 @@ def test_only_weights_whose_order_is_known_are_read(monkeypatch, kernel, capabil
 )
 def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, outputs, by_rows):
     """With and without scales of rows; none for no rows, which vLLM's kernels take."""
-    from vllm.platforms.interface import DeviceCapability
-
     from vllm_scalesearch import linear, vllm_api
 
-    monkeypatch.setattr(
-        type(linear.current_platform),
-        "get_device_capability",
-        classmethod(lambda cls, device_id=0: DeviceCapability(*capability)),
-    )
+    _pretend(monkeypatch, capability)
     ran = []
 
     def stand_in(name):

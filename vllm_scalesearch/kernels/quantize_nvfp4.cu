@@ -8,8 +8,7 @@
 // for each of its lanes, so that nothing waits for other warps: one queue for blocks with at most two candidates
 // left, whose exact errors are straight code, one for the rest. What is in the queues in the end is shared out anew.
 //
-// A thread's next block is copied to shared memory while it searches the one before: warps that wait for memory are
-// a fifth of all otherwise, and the eight that a scheduler has do not fill its time then.
+// A thread's next block is copied to shared memory while it searches the one before, which takes 6 % off.
 //
 // Macros: HALF (0: bf16, 1: fp16), COUNT and OFFSETS (a list, ascending), LOWEST and HIGHEST of them, SCALE (0:
 // one tensor scale, 1: one a row, 2: computed here from each row), FLAT (1, for SCALE 0: x has a single row), PACKED
