@@ -3,7 +3,8 @@
     python benchmarks/attention.py [--shapes 32x8192 ...] [--heads 32 --kv-heads 8 --head-size 128]
 
 Whole prompts with Q, K, V and P quantized; chunks of prompts, and the writing of the cache; then decoding: one
-query a request, pages in random order.
+query a request, pages in random order. A layer's whole step also transforms queries and keys and writes the new
+token, one that completes no tile of V; of the peers it is vLLM's writing of the cache, and their attention.
 Caches rotate, so that they come from memory; the variants take turns in one run, as CUDA graphs. The peers need
 vLLM for CUDA. `limit` is what the packed bytes of stored tokens take at the rate of a copy; `% of limit` its
 share of the time.
@@ -44,7 +45,7 @@ def packed_cache(layout: PageLayout, blocks: int, heads: int) -> torch.Tensor:
 
 
 def ours(batch, context, heads, kv_heads, dim, options, triton: bool):
-    """Calls of decoding, one for each cache, and those with the transform of queries in front."""
+    """Calls of decoding, one for each cache, and of a layer's whole steps."""
     layout = PageLayout(BLOCK_SIZE, dim, "tokens")
     full_size = BLOCK_SIZE // 4
     block_table, blocks = pages_of(batch, context, BLOCK_SIZE)
@@ -59,13 +60,20 @@ def ours(batch, context, heads, kv_heads, dim, options, triton: bool):
         torch.full((batch,), context, dtype=torch.int32, device="cuda"),
         block_table, full_table, torch.empty(0), torch.empty(0), 1,
     )  # fmt: skip
+    newest = context - 2
+    whole_step = replace(
+        step, seq_lens=step.seq_lens - 1,
+        slots=block_table[:, newest // BLOCK_SIZE].long() * BLOCK_SIZE + newest % BLOCK_SIZE,
+        full_slots=full_table[:, newest // full_size].long() * full_size + newest % full_size,
+    )  # fmt: skip
     nbytes = batch * context * kv_heads * layout.bytes_per_token
     matrix = torch.randn(kv_heads, dim, dim, device="cuda") * dim**-0.5
-    calls, with_transform = [], []
+    calls, steps = [], []
     for _ in range(copies_for(nbytes)):
         pages = packed_cache(layout, blocks, kv_heads)
         full = torch.randn(batch * kept, kv_heads, full_size, 2 * dim, device="cuda").bfloat16()
         q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
+        k, v = (torch.randn(batch, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
         output = torch.empty_like(q)
 
         def attend(q=q, pages=pages, full=full, output=output):
@@ -74,30 +82,37 @@ def ours(batch, context, heads, kv_heads, dim, options, triton: bool):
             else:
                 cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
 
-        def both(q=q, attend=attend):
-            transformed, _ = paged_attention.transform_query(q, matrix, options)
-            attend(transformed)
+        def whole(q=q, k=k, v=v, pages=pages, full=full, output=output):
+            paged_attention.write_and_attend(
+                q, k, v, pages, full, layout, whole_step, matrix, matrix, options, output
+            )
 
         calls.append(attend)
-        with_transform.append(both)
-    return calls, with_transform, nbytes
+        steps.append(whole)
+    return calls, steps, nbytes
 
 
 def flash_attention(batch, context, heads, kv_heads, dim, fp8: bool):
+    """Calls of decoding, one for each cache, and of a layer's whole steps."""
+    from vllm._custom_ops import reshape_and_cache_flash
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     block_table, blocks = pages_of(batch, context, PEER_BLOCK_SIZE)
+    newest = context - 2
+    slots = block_table[:, newest // PEER_BLOCK_SIZE].long() * PEER_BLOCK_SIZE + newest % PEER_BLOCK_SIZE
+    unit = torch.ones((), device="cuda")
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     seqused = torch.full((batch,), context, dtype=torch.int32, device="cuda")
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     nbytes = 2 * batch * context * kv_heads * dim * dtype.itemsize
     one = torch.ones(batch, kv_heads, device="cuda")
     scales = dict(q_descale=one, k_descale=one, v_descale=one) if fp8 else {}
-    calls = []
+    calls, steps = [], []
     for _ in range(copies_for(nbytes)):
         shape = (blocks, PEER_BLOCK_SIZE, kv_heads, dim)
         k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(dtype) for _ in range(2))
         q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
+        new_k, new_v = (torch.randn(batch, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
         output, q = torch.empty_like(q), q.to(dtype)
 
         def attend(q=q, k=k, v=v, output=output):
@@ -106,8 +121,14 @@ def flash_attention(batch, context, heads, kv_heads, dim, fp8: bool):
                 out=output, fa_version=3, **scales,
             )  # fmt: skip
 
+        def whole(k=k, v=v, new_k=new_k, new_v=new_v, attend=attend):
+            stored = (x.view(torch.uint8) if fp8 else x for x in (k, v))
+            reshape_and_cache_flash(new_k, new_v, *stored, slots, "fp8" if fp8 else "auto", unit, unit)
+            attend()
+
         calls.append(attend)
-    return calls
+        steps.append(whole)
+    return calls, steps
 
 
 def chunk(context: int, queries: int, heads: int, kv_heads: int, dim: int, options) -> dict[str, list]:
@@ -298,19 +319,21 @@ def main() -> None:
     for shape in args.shapes:
         batch, context = map(int, shape.split("x"))
         sizes = (batch, context, args.heads, args.kv_heads, args.head_size)
-        calls, with_transform, nbytes = ours(*sizes, options, False)
-        variants = {"ours": calls, "ours, with H": with_transform}
+        calls, steps, nbytes = ours(*sizes, options, False)
+        variants = {"ours": calls}
+        whole = {"ours": steps}
         if args.triton:
             variants["ours, Triton"] = ours(*sizes, options, True)[0]
         if not args.no_peers:
-            variants["FA3 bf16"] = flash_attention(*sizes, False)
-            variants["FA3 fp8"] = flash_attention(*sizes, True)
+            for name, fp8 in (("FA3 bf16", False), ("FA3 fp8", True)):
+                variants[name], whole[name] = flash_attention(*sizes, fp8)
+        variants |= {f"{name}, whole step": calls for name, calls in whole.items()}
         times = time_interleaved(variants)
         limit = nbytes / rate * 1e6
         results.append({"shape": shape, "us": times, "limit_us": limit})
         print(shape, {k: round(v, 1) for k, v in times.items()}, f"limit {limit:.1f}", flush=True)
         write(args.name, {"copy_bytes_per_second": rate, **description, "decode": results})
-        del variants, calls, with_transform
+        del variants, whole, calls, steps
         torch.cuda.empty_cache()
     names = list(results[0]["us"])
     print()

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
+CACHE_BYTES = 2 * KV_HEADS * HEAD_DIM * 2  # of a layer and token in bf16
 LINEAR = {
     "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
     "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),

@@ -1,6 +1,6 @@
 """Output tokens a second of a Llama-3.1-8B-shaped model in vLLM, by how its linear layers are kept.
 
-    python benchmarks/serve.py [--layers 8] [--only NAME,...]
+    python benchmarks/serve.py [--layers 8] [--only NAME,...] [--at-once 3] [--name serve]
 
 Random weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). Prompts of
 128 random tokens, 128 tokens generated; the time is that of decoding alone, the difference between generating
@@ -23,6 +23,7 @@ from report import table, write
 
 BATCHES = (1, 32, 128)
 PROMPT, OUTPUT, PROFILED = 128, 128, 32
+CACHED = 50_000  # tokens that a cache holds; 128 requests have 33,000
 SCALESEARCH = {"quantization": "scalesearch"}
 VARIANTS = {
     "bf16": ("bf16", {}),
@@ -46,7 +47,6 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
         skip_tokenizer_init=True,
         max_model_len=1024,
         gpu_memory_utilization=0.15,
-        kv_cache_memory_bytes=4 << 30,  # nothing to profile while other engines start
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
         **arguments,
@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", default=",".join(VARIANTS))
     engines.add_measure_option(parser)
+    parser.add_argument("--at-once", type=int, help="engines that start side by side; default: all")
+    parser.add_argument("--name", default="serve", help="of the file under results/")
     arguments = parser.parse_args()
     if arguments.measure:
         engines.run_measure(arguments.measure, measure)
@@ -94,7 +96,7 @@ def main() -> None:
         found[name] = result
         print(name, result, *[line for line in log if "scalesearch:" in line], sep="\n  ", flush=True)
         results = {part: {name: run[part] for name, run in found.items()} for part in result}
-        write("serve", {"layers": arguments.layers} | results)  # what is there stays
+        write(arguments.name, {"layers": arguments.layers} | results)  # what is there stays
 
     with tempfile.TemporaryDirectory() as work:
         models = {}
@@ -102,8 +104,13 @@ def main() -> None:
             models[kind] = Path(work) / kind
             llama_like.make(models[kind], arguments.layers, kind == "nvfp4")
         torch.cuda.empty_cache()
-        chosen = {name: (models[VARIANTS[name][0]], VARIANTS[name][1]) for name in arguments.only.split(",")}
-        failed = engines.side_by_side(__file__, Path(work), chosen, keep)
+        # Given, so that there is nothing to profile while other engines start.
+        cache = {"kv_cache_memory_bytes": arguments.layers * llama_like.CACHE_BYTES * CACHED}
+        chosen = {}
+        for name in arguments.only.split(","):
+            kind, engine = VARIANTS[name]
+            chosen[name] = models[kind], engine | cache
+        failed = engines.side_by_side(__file__, Path(work), chosen, keep, arguments.at_once)
     for part, title, digits in (
         ("tokens_per_s", "output tokens a second", 0),
         ("kernels_ms", "kernels' ms a step", 3),

@@ -40,14 +40,14 @@ VARIANTS = {
     "int4_per_token_head": {"kv_cache_dtype": "int4_per_token_head"},
 }
 # Of a layer and token, K and V of 8 heads of 128; what is packed to 4 bits takes less than 1400.
-CACHE_BYTES = {"bf16": 4096, "fp8": 2048}
+CACHE_BYTES = {"bf16": llama_like.CACHE_BYTES, "fp8": llama_like.CACHE_BYTES // 2}
 OUTPUT = 512
 PROFILED = 24  # steps
 BATCHED = 8192  # max_num_batched_tokens
 # Steps that are measured when a batch takes long to start, and the largest batch.
 MEASURED, MOST_REQUESTS = 96, 320
-# What an engine takes of a GPU besides its cache, and what there is.
-ENGINE_GIB, GPU_GIB = 9, 76
+# What an engine takes of a GPU besides its cache, with each layer besides, and what there is.
+ENGINE_GIB, LAYER_GIB, GPU_GIB = 5.5, 0.44, 76
 
 
 class Overfull(Exception):
@@ -286,7 +286,7 @@ def main() -> None:
             size = int(most * args.layers * CACHE_BYTES.get(name, 1400) * 1.05) + (1 << 28)
             if args.fixed_gib:
                 size = int(args.fixed_gib * 2**30)
-            taken.append(size / 2**30 + ENGINE_GIB)
+            taken.append(size / 2**30 + ENGINE_GIB + LAYER_GIB * args.layers)
             chosen[name] = model, VARIANTS[name] | {
                 "cases": args.cases, "lengths": lengths, "kv_cache_memory_bytes": size,
             }  # fmt: skip

@@ -1,5 +1,6 @@
 """kernels/kv_write.cu: the bits of the reference's pages."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from test_triton_quantize import same_bits
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import cuda_kv_write
+from vllm_scalesearch.ops import cuda_kv_write, cuda_transform_query
 from vllm_scalesearch.ops.step import Step
 
 
@@ -34,6 +35,8 @@ def test_it_compiles_without_a_gpu(dim: int, arch: str) -> None:
         rows = cuda_kv_write.plan(tokens, 8, dim, 132).rows
         macros = cuda_kv_write.defines(PageLayout(64, dim, "tokens"), 16, options, dtype, rows, matrix)
         assert compile_kernel("kv_write.cu", "kv_write", macros, arch)[1:4] == b"ELF"
+    macros = cuda_kv_write.defines(PageLayout(64, dim, "tokens"), 16, options, dtype, 1, True, True)
+    assert compile_kernel("kv_write.cu", "kv_write", macros, arch)[1:4] == b"ELF"
 
 
 @pytest.mark.parametrize("dim", range(32, 257, 32))
@@ -91,6 +94,46 @@ def test_policies(policies: str) -> None:
             requests, AttentionOptions(**POLICIES[policies]), dim=128, heads=1, block_size=64, padding=2
         )
         check_write(batch, matrix_of(1, 128), batch.k, batch.v, cuda_kv_write.write)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [0, 1 << 10], ids=["all rows by one", "each by its own"])
+@pytest.mark.parametrize("group", [1, 5])
+@pytest.mark.parametrize("size", SIZES)
+def test_queries(size: str, group: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformed by the same launch, to the bits of their own kernel; pages are as without."""
+    monkeypatch.setattr(cuda_kv_write, "_QUERY_BLOCKS", blocks)
+    batch = build(LONG_DECODE, AttentionOptions(v_scale=1 / 16), padding=3, **SIZES[size])
+    heads, dim, tokens = batch.k.shape[1], batch.layout.head_size, len(batch.needed_step.slots)
+    k_matrix = matrix_of(heads, dim)
+    q_matrix = k_matrix.roll(1, -1).cuda()
+    # A view, as the parts of a fused projection are, with more rows than the step has tokens.
+    together = torch.randn(tokens + 5, heads * group + 2, dim, generator=torch.Generator().manual_seed(2))
+    q = together.to(batch.k.dtype).cuda()[:, 1:-1]
+    expected, _ = cuda_transform_query.transform_query(q, q_matrix, AttentionOptions(q=None))
+
+    def write(*arguments) -> None:
+        found = cuda_kv_write.write(*arguments, q, q_matrix)
+        assert found.shape == q.shape and same_bits(found[:tokens], expected[:tokens])
+
+    for _ in range(2):  # split first, and then launched early
+        check_write(batch, k_matrix, batch.k, batch.v, write)
+
+
+@pytest.mark.gpu
+def test_queries_that_do_not_fit_are_refused() -> None:
+    batch = build(LONG_DECODE, AttentionOptions(), dim=64, heads=2)
+    step, matrix = on_device(batch.needed_step), matrix_of(2, 64).cuda()
+    pages, full, k, v = (x.cuda() for x in (batch.needed_pages, batch.needed_full, batch.k, batch.v))
+    for q, keys, said in (
+        (torch.zeros(len(k), 3, 64), matrix, "3 query heads cannot share 2 KV heads"),
+        (torch.zeros(1, 4, 64), matrix, "queries (1, 4, 64)"),
+        (torch.zeros(len(k), 4, 64), None, "keys must be transformed too"),
+        (torch.zeros(len(k), 4, 32), matrix, "heads of 64 channels"),
+    ):
+        q = q.bfloat16().cuda()
+        with pytest.raises(ValueError, match=re.escape(said)):
+            cuda_kv_write.write(pages, full, batch.layout, step, k, v, keys, batch.options, q, matrix)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,18 @@ import re
 
 import pytest
 import torch
-from test_triton_attention import BF16, FP16, SENTINEL, build, check_output, like, on_device
+from test_triton_attention import (
+    BF16,
+    FP16,
+    LONG_DECODE,
+    SENTINEL,
+    build,
+    check_output,
+    like,
+    matrix_of,
+    on_device,
+    same_bits,
+)
 
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel
@@ -190,6 +201,44 @@ def test_capture_in_a_cuda_graph(group: int) -> None:
         load(i)
         graph.replay()
         check_output(output, batches[i])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "matrix"), [(4, True), (4, False), (12, True)])
+def test_a_step_reads_what_it_wrote(group: int, matrix: bool) -> None:
+    """Kernels begin while the one in front writes tokens and queries: all of it must be waited for."""
+    batch = build(LONG_DECODE, AttentionOptions(**KV), dim=128, heads=2, group=group, block_size=64)
+    step, slots = on_device(batch.needed_step), batch.needed_step.full_slots.cuda()
+    q, k, v = (x.cuda() for x in (batch.q, batch.k, batch.v))
+    q_matrix = k_matrix = matrix_of(2, 128).cuda() if matrix else None
+    pages, full = like(batch.needed_pages, "cuda"), like(batch.needed_full, "cuda")
+    arguments = (pages, full, batch.layout, step)
+
+    def forget() -> None:
+        full[slots // full.shape[2], :, slots % full.shape[2]] = torch.nan
+
+    expected, output = torch.zeros_like(q), torch.zeros_like(q)
+    forget()
+    paged_attention.write(*arguments, k, v, k_matrix, batch.options)
+    torch.cuda.synchronize()
+    paged_attention.attention(q, *arguments, q_matrix, batch.options, expected)
+    assert not expected.isnan().any()
+
+    def attend() -> None:
+        paged_attention.write_and_attend(
+            q, k, v, *arguments, q_matrix, k_matrix, batch.options, output
+        )  # fmt: skip
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forget()
+        attend()
+    for _ in range(20):
+        output.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(output, expected)
 
 
 @pytest.mark.gpu

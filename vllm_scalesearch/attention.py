@@ -361,9 +361,16 @@ class ScaleSearchAttentionImpl(AttentionImpl[Metadata]):
             attn_metadata.max_query_len,
         )
         full = full.view(self.dtype)
-        if self.kv_sharing_target_layer_name is None and key is not None:
-            paged_attention.write(packed, full, layout, step, key, value, self.k_matrix, self.reference)
         prompts = attn_metadata.prompts
+        writes = self.kv_sharing_target_layer_name is None and key is not None
+        if writes and prompts is None:
+            paged_attention.write_and_attend(
+                query, key, value, packed, full, layout, step, self.q_matrix, self.k_matrix, self.reference,
+                output,
+            )  # fmt: skip
+            return output
+        if writes:
+            paged_attention.write(packed, full, layout, step, key, value, self.k_matrix, self.reference)
         if prompts is None:
             paged_attention.attention(query, packed, full, layout, step, self.q_matrix, self.reference, output)
             return output

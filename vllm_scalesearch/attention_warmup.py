@@ -54,10 +54,12 @@ def warm_up(
         q = torch.zeros(queries, heads, layout.head_size, dtype=dtype, device=device)
         k, v = (torch.zeros(queries, kv_heads, layout.head_size, dtype=dtype, device=device) for _ in range(2))
         output = torch.empty_like(q)
-        paged_attention.write(packed, kept, layout, step, k, v, k_matrix, options)
         if not dense or queries < LEAST_QUERIES:
-            paged_attention.attention(q, packed, kept, layout, step, q_matrix, options, output)
+            paged_attention.write_and_attend(
+                q, k, v, packed, kept, layout, step, q_matrix, k_matrix, options, output
+            )
             continue
+        paged_attention.write(packed, kept, layout, step, k, v, k_matrix, options)
         groups = attention_prefill.plan(starts, [0, queries], lengths, [length], 0, length)
         for group in groups:
             attention_prefill.attend(

@@ -1,16 +1,21 @@
 // Writes a step's tokens to the paged cache (kv_pages.py, V along tokens): keys times their head's matrix, both in
 // 16 bits, keys and whole tiles of values as NVFP4 with searched scales, the bits of search.py.
 //
-// One launch has two kinds of blocks, for one KV head each (head_blocks.cuh):
+// One launch has three kinds of blocks, for one KV head each (head_blocks.cuh):
 // * keys: ROWS * 16 tokens of the step, whosever they are.
 // * values: ROWS tiles of 16 tokens of a request that this step completes. Their tokens come from the step's values,
 //   or from 16-bit pages where they were written before.
+// * queries, if QUERIES: 16 rows of the step's queries (query_rows.cuh) times their matrix, so that a decoding step needs
+//   no launch for them.
 //
-// Macros: those of head_blocks.cuh, PAGE and FULL_PAGE (tokens), K_OFFSETS, V_OFFSETS: the candidates of either,
-// ascending. 1 / V's tensor scale, v_reciprocal, must be a power of two.
+// Macros: those of head_blocks.cuh, QUERIES, PAGE and FULL_PAGE (tokens), K_OFFSETS, V_OFFSETS: the candidates of
+// either, ascending. 1 / V's tensor scale, v_reciprocal, must be a power of two.
 
-#include "head_blocks.cuh"
+#include "query_rows.cuh"
 
+static_assert(MATRIX && ROWS == 1 || !QUERIES);
+
+constexpr int GROUPS = D / COLUMNS;  // blocks of a row
 constexpr int K_SCALES = PAGE * D / 2, V_CODES = PAGE * D * 9 / 16, V_SCALES = V_CODES + PAGE * D / 2;
 using KeyPolicy = Candidates<K_OFFSETS>;
 using ValuePolicy = Candidates<V_OFFSETS>;
@@ -28,6 +33,10 @@ struct Arguments {
     float v_reciprocal;
     int single, tokens, requests, key_blocks, k_stride, k_head_stride, v_stride, v_head_stride;
     int page_stride, head_stride, full_stride, full_head_stride, table_stride, full_table_stride;
+    Queries queries;
+    u16* transformed;
+    const uint4* q_matrix;
+    int query_blocks;
 };
 
 // Where a token's key goes, from the beginning of the pages; negative where it is not written.
@@ -56,7 +65,7 @@ using Shared = Memory<Place, LOOKUP>;
 // --- keys ------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void write_keys(const Arguments& a, Shared& memory, int index, int head) {
-    constexpr int GROUPS = D / COLUMNS, WIDE = COLUMNS / 8, COUNT = TOKENS * WIDE;
+    constexpr int WIDE = COLUMNS / 8, COUNT = TOKENS * WIDE;
     const int first = index / GROUPS * TOKENS, column = index % GROUPS * COLUMNS;
     const int tokens = min(a.tokens - first, TOKENS);
     const u16* k = a.k + static_cast<long long>(head) * a.k_head_stride + static_cast<long long>(first) * a.k_stride;
@@ -211,6 +220,22 @@ __device__ __forceinline__ void write_tiles(const Arguments& a, Shared& memory, 
     quantize_blocks<ValuePolicy, ROWS * D>(memory, a.v_reciprocal, present, at, store);
 }
 
+// --- queries ---------------------------------------------------------------------------------------
+
+// Of the blocks of rows every query_blocks / GROUPS-th: what they have of the matrix is copied once for all.
+__device__ __forceinline__ void transform_queries(const Arguments& a, Shared& memory, int index, int head) {
+    const int column = index % GROUPS * COLUMNS, apart = a.query_blocks / GROUPS * TOKENS;
+#pragma unroll 1
+    for (int first = index / GROUPS * TOKENS; first < a.queries.rows(); first += apart) {
+        __syncthreads();  // the rows before are stored
+        copy_queries(memory, a.queries, head, first);
+        wait_for_copies();
+        __syncthreads();
+        transform_rows(memory, matrix_of(a.q_matrix, head, column), column);
+        store_queries(memory, a.transformed, a.queries, head, first, column);
+    }
+}
+
 // --- kernel ----------------------------------------------------------------------------------------
 
 // single: no request has more than one of the step's tokens; then values have a tile index a request.
@@ -220,24 +245,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kv_write(
     const uint4* matrix, const int* query_start_loc, const int* seq_lens, const int* block_table,
     const int* full_block_table, float v_reciprocal, int single, int tokens, int requests, int key_blocks,
     int k_stride, int k_head_stride, int v_stride, int v_head_stride, int page_stride, int head_stride,
-    int full_stride, int full_head_stride, int table_stride, int full_table_stride) {
+    int full_stride, int full_head_stride, int table_stride, int full_table_stride, const u16* q, u16* transformed,
+    const uint4* q_matrix, int query_blocks, int query_heads, int group, int q_stride, int q_head_stride) {
     extern __shared__ __align__(16) u8 shared[];
     Shared& memory = *reinterpret_cast<Shared*>(shared);
     const Arguments a = {
         pages, full, slots, full_slots, k, v, matrix, query_start_loc, seq_lens, block_table, full_block_table,
         v_reciprocal, single, tokens, requests, key_blocks, k_stride, k_head_stride, v_stride, v_head_stride,
-        page_stride, head_stride, full_stride, full_head_stride, table_stride, full_table_stride};
+        page_stride, head_stride, full_stride, full_head_stride, table_stride, full_table_stride,
+        {q, tokens, query_heads, group, q_stride, q_head_stride}, transformed, q_matrix, query_blocks};
     // Many tokens: blocks that share a matrix run together. Few: keys, which take longest, begin first.
     const int head = ROWS == 1 ? blockIdx.x : blockIdx.y, index = ROWS == 1 ? blockIdx.y : blockIdx.x;
+    const int query_index = index - (static_cast<int>(gridDim.y) - query_blocks);  // if QUERIES
     if (threadIdx.x < STEPS) memory.queued[threadIdx.x] = 0;
     if (index < key_blocks) {
-        if (ROWS == 1 && MATRIX) copy_matrix(memory, matrix_of(a.matrix, head, index % (D / COLUMNS) * COLUMNS));
+        if (ROWS == 1 && MATRIX) copy_matrix(memory, matrix_of(a.matrix, head, index % GROUPS * COLUMNS));
         copy_lookup(memory, key_lookup);
         wait_for_results();
+        let_next_begin();
         write_keys(a, memory, index, head);
-    } else {
+    } else if (!QUERIES || query_index < 0) {
         copy_lookup(memory, value_lookup);
         wait_for_results();
+        let_next_begin();
         write_tiles(a, memory, index - key_blocks, head);
+    } else {
+        copy_matrix(memory, matrix_of(a.q_matrix, head, query_index % GROUPS * COLUMNS));
+        wait_for_results();
+        let_next_begin();
+        transform_queries(a, memory, query_index, head);
     }
 }

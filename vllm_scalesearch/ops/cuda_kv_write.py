@@ -17,10 +17,12 @@ from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES, table_bytes
 from vllm_scalesearch.ops.step import Step
-from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_cache, check_tokens
+from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_cache, check_queries, check_tokens
 from vllm_scalesearch.search import ScalePolicy
 
 _PARTS = 3
+# Blocks of a multiprocessor that transform queries; where there are more rows, each has several times 16.
+_QUERY_BLOCKS = 4
 
 
 def unsupported(layout: PageLayout, options: AttentionOptions, device: torch.device) -> str | None:
@@ -55,11 +57,14 @@ class Plan:
     threads: int
 
 
+_FEW = Plan(1, 32, 128)
+
+
 def plan(tokens: int, heads: int, head_size: int, processors: int) -> Plan:
     """Several rows where that leaves blocks enough."""
     most, columns = (4, 16) if head_size <= 128 else (2, 32)  # columns: of a warp
     if tokens * heads < 16 * most * 2 * processors:
-        return Plan(1, 32, 128)
+        return _FEW
     return Plan(most, head_size, 32 * head_size // columns)
 
 
@@ -88,14 +93,20 @@ def _offsets(options: AttentionOptions) -> list[tuple[int, ...]]:
 
 
 def defines(
-    layout: PageLayout, full_page: int, options: AttentionOptions, dtype: torch.dtype, rows: int, matrix: bool
+    layout: PageLayout,
+    full_page: int,
+    options: AttentionOptions,
+    dtype: torch.dtype,
+    rows: int,
+    matrix: bool,
+    queries: bool = False,
 ) -> tuple[str, ...]:
     """Macros of the kernel."""
     k, v = (",".join(map(str, offsets)) for offsets in _offsets(options))
     return (
         f"D={layout.head_size}", f"HALF={int(dtype == torch.float16)}", f"ROWS={rows}",
         f"PAGE={layout.block_size}", f"FULL_PAGE={full_page}", f"MATRIX={int(matrix)}",
-        f"K_OFFSETS={k}", f"V_OFFSETS={v}",
+        f"QUERIES={int(queries)}", f"K_OFFSETS={k}", f"V_OFFSETS={v}",
     )  # fmt: skip
 
 
@@ -112,6 +123,13 @@ def parts_of(matrix: torch.Tensor) -> torch.Tensor:
         rest = rest - parts[-1].float()
     tiles = torch.stack(parts, 1).view(heads, _PARTS, dim // 32, 4, 4, 2, dim // 8, 8)
     return tiles.permute(0, 2, 1, 6, 7, 4, 3, 5).flatten(-2).contiguous()
+
+
+def group_of(query_heads: int, heads: int) -> int:
+    """Query heads of a KV head. Raises ValueError where KV heads do not have equally many."""
+    if query_heads % heads:
+        raise ValueError(f"{query_heads} query heads cannot share {heads} KV heads")
+    return query_heads // heads
 
 
 _split: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -137,10 +155,14 @@ def write(
     v: torch.Tensor,
     k_matrix: torch.Tensor | None,
     options: AttentionOptions,
-) -> None:
+    q: torch.Tensor | None = None,
+    q_matrix: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """`triton_kv_write.transform_and_write`, where `unsupported` names no reason against it.
 
-    k_matrix must not be changed in place: what it is split into is kept with it.
+    q: (T, Hq, D), queries to be transformed in the same launch. Returns them, times q_matrix (Hkv, D, D) where
+    there is one; what is past the step's tokens is not defined.
+    Matrices, both or neither, must not be changed in place: what they are split into is kept with them.
     """
     check_cache(pages, full, layout, options)
     heads, dim, tokens = pages.shape[1], layout.head_size, len(step.slots)
@@ -149,21 +171,32 @@ def write(
     if pages.stride(0) % 4 or full.stride(0) % 8 or full.stride(1) % 8 or full.data_ptr() % 16:
         raise ValueError(f"KV cache: 16-bit pages must lie at multiples of 16 bytes, strides {full.stride()}")
     if not tokens:
-        return
-    k, v = (
-        x
-        if x.stride(2) == 1 and not (x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16)
-        else x.contiguous()
-        for x in (k, v)
-    )
+        return q
+    k, v = _readable(k), _readable(v)
     parts, early = split(k_matrix, k.device)
-    chosen = plan(tokens, heads, dim, multiprocessors(k.device))
-    matrix = k_matrix is not None
-    run = _kernel(defines(layout, full.shape[2], options, k.dtype, chosen.rows, matrix), k.device)
-    requests = len(step.seq_lens)
-    single = step.max_query_len == 1
+    processors = multiprocessors(k.device)
+    transformed, queries, query_blocks = q, _NO_QUERIES, 0
+    if q is None or q_matrix is None:
+        chosen = plan(tokens, heads, dim, processors)
+    else:
+        _check_queries(q, k_matrix, tokens, dim, k.dtype)
+        _checked_matrix(q_matrix, heads, dim)
+        chosen, group = _FEW, group_of(q.shape[1], heads)  # a decoding step: few tokens, or not so many
+        q, transformed = _readable(q), torch.empty_like(q, memory_format=torch.contiguous_format)
+        q_parts, q_early = split(q_matrix, q.device)
+        early = early and q_early
+        columns = dim // chosen.columns
+        most = max(_QUERY_BLOCKS * processors // (heads * columns), 1)
+        query_blocks = columns * min(-(-tokens * group // BLOCK), most)
+        queries = (q, transformed, q_parts, query_blocks, q.shape[1], group, q.stride(0), q.stride(1))
+    requests, single = len(step.seq_lens), step.max_query_len == 1
     key_blocks = -(-tokens // (16 * chosen.rows)) * (dim // chosen.columns)
-    blocks = key_blocks + -(-(requests if single else tokens // BLOCK + requests) // chosen.rows)
+    value_blocks = -(-(requests if single else tokens // BLOCK + requests) // chosen.rows)
+    blocks = key_blocks + value_blocks + query_blocks
+    matrix = k_matrix is not None
+    run = _kernel(
+        defines(layout, full.shape[2], options, k.dtype, chosen.rows, matrix, query_blocks > 0), k.device
+    )
     run(
         (heads, blocks, 1) if chosen.rows == 1 else (blocks, heads, 1),
         chosen.threads, shared_bytes(chosen, dim, options, matrix),
@@ -171,9 +204,34 @@ def write(
         step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
         1.0 / float(options.v_scale), int(single), tokens, requests, key_blocks, k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), full.stride(0), full.stride(1),
-        step.block_table.stride(0), step.full_block_table.stride(0),
+        step.block_table.stride(0), step.full_block_table.stride(0), *queries,
         early=early,
     )  # fmt: skip
+    return transformed
+
+
+# q, transformed, matrix, blocks, query heads, group and strides.
+_NO_QUERIES = (None, None, None, 0, 0, 1, 0, 0)
+
+
+def _check_queries(
+    q: torch.Tensor, k_matrix: torch.Tensor | None, tokens: int, dim: int, dtype: torch.dtype
+) -> None:
+    check_queries(q)
+    if k_matrix is None:
+        raise ValueError("queries have a matrix and keys have none: keys must be transformed too")
+    if len(q) < tokens or q.shape[2] != dim or q.dtype != dtype:
+        raise ValueError(
+            f"queries {tuple(q.shape)} {q.dtype}: expected {tokens} tokens or more, with heads of {dim} "
+            f"channels in {dtype}"
+        )
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """Tokens whose heads the kernel can copy 16 bytes at a time."""
+    if x.stride(2) == 1 and not (x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16):
+        return x
+    return x.contiguous()
 
 
 @functools.cache

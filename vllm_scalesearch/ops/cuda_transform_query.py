@@ -11,7 +11,7 @@ import torch
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import NVFP4
-from vllm_scalesearch.ops.cuda_kv_write import multiprocessors, plan, row_bytes, split
+from vllm_scalesearch.ops.cuda_kv_write import group_of, multiprocessors, plan, row_bytes, split
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES
 from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_queries
 from vllm_scalesearch.search import ScalePolicy
@@ -54,8 +54,7 @@ def transform_query(
         return q, q
     tokens, query_heads, dim = q.shape
     heads = query_heads if q_matrix is None else q_matrix.shape[0]
-    if query_heads % heads:
-        raise ValueError(f"{query_heads} query heads cannot share {heads} KV heads")
+    group = group_of(query_heads, heads)
     _checked_matrix(q_matrix, heads, dim)
     if q.stride(0) % 8 or q.stride(1) % 8 or q.data_ptr() % 16:
         q = q.contiguous()
@@ -64,15 +63,15 @@ def transform_query(
     if not tokens:
         return transformed, stored
     parts, early = split(q_matrix, q.device)
-    chosen = plan(tokens, query_heads, dim, multiprocessors(q.device))
+    chosen = plan(tokens * group, heads, dim, multiprocessors(q.device))
     run = _kernel(defines(dim, options, q.dtype, chosen.rows, q_matrix is not None), q.device)
     offsets = () if options.q is None else ScalePolicy.of(options.q).offsets(NVFP4)
-    blocks = -(-tokens // (16 * chosen.rows)) * (dim // chosen.columns)
+    blocks = -(-tokens * group // (16 * chosen.rows)) * (dim // chosen.columns)
     run(
-        (query_heads, blocks, 1) if chosen.rows == 1 else (blocks, query_heads, 1),
+        (heads, blocks, 1) if chosen.rows == 1 else (blocks, heads, 1),
         chosen.threads, row_bytes(chosen, dim, [offsets or (0,)], 1, q_matrix is not None),
         q, transformed if q_matrix is not None else None, stored if options.q is not None else None, parts,
-        tokens, query_heads, query_heads // heads, q.stride(0), q.stride(1),
+        tokens, query_heads, group, q.stride(0), q.stride(1),
         early=early,
     )  # fmt: skip
     return transformed, stored

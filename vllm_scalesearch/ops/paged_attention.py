@@ -120,6 +120,31 @@ def attention(
         output[rows] = attend(operands, wide).permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
 
 
+def write_and_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    full: torch.Tensor,
+    layout: PageLayout,
+    step: Step,
+    q_matrix: torch.Tensor | None,
+    k_matrix: torch.Tensor | None,
+    options: AttentionOptions,
+    output: torch.Tensor,
+) -> None:
+    """`write`, then `attention`; in a decoding step in CUDA the launch that writes transforms queries too."""
+    if pages.device.type == "cuda" and kernel_for(layout, options, step.max_query_len, pages.device) == "cuda":
+        from vllm_scalesearch.ops import cuda_kv_write, cuda_paged_decode
+
+        if cuda_kv_write.unsupported(layout, options, pages.device) is None:
+            q = cuda_kv_write.write(pages, full, layout, step, k, v, k_matrix, options, q, q_matrix)
+            cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
+            return
+    write(pages, full, layout, step, k, v, k_matrix, options)
+    attention(q, pages, full, layout, step, q_matrix, options, output)
+
+
 def kernel_for(layout: PageLayout, options: AttentionOptions, queries: int, device: torch.device) -> str:
     """Which kernel attends to the cache on a CUDA GPU, where no request has more than `queries` queries.
 
