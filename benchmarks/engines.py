@@ -17,6 +17,13 @@ from pathlib import Path
 from typing import Any
 
 
+GPU_GIB = 76  # what engines may take together
+
+
+def add_at_once_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--at-once", type=int, help="most engines that start side by side; default: what fits")
+
+
 def add_measure_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", nargs=3, metavar=("MODEL", "ARGUMENTS", "RESULT"), help=argparse.SUPPRESS)
 
@@ -36,25 +43,35 @@ def run_measure(given: list[str], measure: Callable[[str, dict, Callable[[], Non
     partial.rename(result)
 
 
+def groups_of(gib: dict[str, float], at_once: int | None) -> list[list[str]]:
+    """Engines in their order, in groups that a GPU has memory for, of at most `at_once`."""
+    groups: list[list[str]] = []
+    for name, size in gib.items():
+        last = groups[-1] if groups else []
+        if not last or sum(gib[each] for each in last) + size > GPU_GIB or len(last) == at_once:
+            groups.append([name])
+        else:
+            last.append(name)
+    return groups
+
+
 def side_by_side(
     script: str,
     work: Path,
     engines: dict[str, tuple[Path, dict]],
     found: Callable[[str, Any, list[str]], None],
-    at_once: int | None = None,
+    groups: list[list[str]] | None = None,
 ) -> list[str]:
-    """Start `at_once` engines (default: all), measure one after the other, then start the next.
+    """Start a group of engines (default: all), measure one after the other, then start the next.
 
     found: takes a name, what it measured, and its log. An engine that fails does not keep the others from
     being measured: the end of its log is printed. Returns the names of those that failed.
     """
     # Engines are in sessions of their own: who ends this process does not reach them, so it must end them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    names, failed = list(engines), []
-    step = at_once or len(names)
-    for start in range(0, len(names), step):
-        group = names[start : start + step]
-        failed += _measure_group(script, work, {name: engines[name] for name in group}, found, start)
+    failed = []
+    for number, group in enumerate(groups or [list(engines)]):
+        failed += _measure_group(script, work, {name: engines[name] for name in group}, found, number)
     return failed
 
 
@@ -63,9 +80,9 @@ def _measure_group(
     work: Path,
     engines: dict[str, tuple[Path, dict]],
     found: Callable[[str, Any, list[str]], None],
-    start: int,
+    number: int,
 ) -> list[str]:
-    results = {name: work / f"{start + index}.json" for index, name in enumerate(engines)}
+    results = {name: work / f"{number}-{index}.json" for index, name in enumerate(engines)}
     runs: dict[str, subprocess.Popen] = {}
     failed = []
     try:

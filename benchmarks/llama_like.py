@@ -17,6 +17,13 @@ LINEAR = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+
+
+def engine_gib(layers: int) -> float:
+    """What an engine takes of a GPU, weights in bf16, besides its KV cache."""
+    return 5.5 + 0.44 * layers
+
+
 # The layout that vLLM reads as its own weight-only NVFP4.
 _COMPRESSED = {
     "quant_method": "compressed-tensors",

@@ -1,6 +1,6 @@
 """Output tokens a second of a Llama-3.1-8B-shaped model in vLLM, by how its linear layers are kept.
 
-    python benchmarks/serve.py [--layers 8] [--only NAME,...] [--at-once 3] [--name serve]
+    python benchmarks/serve.py [--layers 8] [--only NAME,...] [--name serve]
 
 Random weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). Prompts of
 128 random tokens, 128 tokens generated; the time is that of decoding alone, the difference between generating
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", default=",".join(VARIANTS))
     engines.add_measure_option(parser)
-    parser.add_argument("--at-once", type=int, help="engines that start side by side; default: all")
+    engines.add_at_once_option(parser)
     parser.add_argument("--name", default="serve", help="of the file under results/")
     arguments = parser.parse_args()
     if arguments.measure:
@@ -105,12 +105,14 @@ def main() -> None:
             llama_like.make(models[kind], arguments.layers, kind == "nvfp4")
         torch.cuda.empty_cache()
         # Given, so that there is nothing to profile while other engines start.
-        cache = {"kv_cache_memory_bytes": arguments.layers * llama_like.CACHE_BYTES * CACHED}
-        chosen = {}
+        cache = arguments.layers * llama_like.CACHE_BYTES * CACHED
+        chosen, taken = {}, {}
         for name in arguments.only.split(","):
             kind, engine = VARIANTS[name]
-            chosen[name] = models[kind], engine | cache
-        failed = engines.side_by_side(__file__, Path(work), chosen, keep, arguments.at_once)
+            chosen[name] = models[kind], engine | {"kv_cache_memory_bytes": cache}
+            taken[name] = cache / 2**30 + llama_like.engine_gib(arguments.layers)
+        groups = engines.groups_of(taken, arguments.at_once)
+        failed = engines.side_by_side(__file__, Path(work), chosen, keep, groups)
     for part, title, digits in (
         ("tokens_per_s", "output tokens a second", 0),
         ("kernels_ms", "kernels' ms a step", 3),

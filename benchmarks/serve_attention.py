@@ -46,8 +46,6 @@ PROFILED = 24  # steps
 BATCHED = 8192  # max_num_batched_tokens
 # Steps that are measured when a batch takes long to start, and the largest batch.
 MEASURED, MOST_REQUESTS = 96, 320
-# What an engine takes of a GPU besides its cache, with each layer besides, and what there is.
-ENGINE_GIB, LAYER_GIB, GPU_GIB = 5.5, 0.44, 76
 
 
 class Overfull(Exception):
@@ -240,11 +238,6 @@ def combine(names: list[str], name: str) -> None:
     show(whole["results"])
 
 
-def _fit(gib: list[float], at_once: int) -> bool:
-    """Whether engines that take so much memory can be started so many at a time, in this order."""
-    return all(sum(gib[start : start + at_once]) <= GPU_GIB for start in range(0, len(gib), at_once))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
@@ -254,7 +247,7 @@ def main() -> None:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[8192, 32768], help="of prompts, with --fixed-gib"
     )
-    parser.add_argument("--at-once", type=int, help="engines that start side by side; default: what fits")
+    engines.add_at_once_option(parser)
     parser.add_argument("--name", default="serve_attention", help="of the file under results/")
     parser.add_argument("--combine", nargs="+", help="run nothing: put these files under results/ together")
     engines.add_measure_option(parser)
@@ -281,17 +274,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "model"
         llama_like.write_config(model, args.layers)
-        chosen, taken = {}, []
+        chosen, taken = {}, {}
         for name in args.only.split(","):
             size = int(most * args.layers * CACHE_BYTES.get(name, 1400) * 1.05) + (1 << 28)
             if args.fixed_gib:
                 size = int(args.fixed_gib * 2**30)
-            taken.append(size / 2**30 + ENGINE_GIB + LAYER_GIB * args.layers)
+            taken[name] = size / 2**30 + llama_like.engine_gib(args.layers)
             chosen[name] = model, VARIANTS[name] | {
                 "cases": args.cases, "lengths": lengths, "kv_cache_memory_bytes": size,
             }  # fmt: skip
-        at_once = args.at_once or next(n for n in range(len(taken), 0, -1) if n == 1 or _fit(taken, n))
-        failed = engines.side_by_side(__file__, Path(work), chosen, keep, at_once)
+        groups = engines.groups_of(taken, args.at_once)
+        failed = engines.side_by_side(__file__, Path(work), chosen, keep, groups)
     show(results)
     failed += [error for run in results["runs"].values() for error in run["failed"].values()]
     if failed:
