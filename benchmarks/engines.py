@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 GPU_GIB = 76  # what engines may take together
 
 
