@@ -110,7 +110,7 @@ def main() -> None:
         for name in arguments.only.split(","):
             kind, engine = VARIANTS[name]
             chosen[name] = models[kind], engine | {"kv_cache_memory_bytes": cache}
-            taken[name] = cache / 2**30 + llama_like.engine_gib(arguments.layers)
+            taken[name] = cache / 2**30 + llama_like.engine_gib(arguments.layers, kind == "nvfp4")
         groups = engines.groups_of(taken, arguments.at_once)
         failed = engines.side_by_side(__file__, Path(work), chosen, keep, groups)
     for part, title, digits in (

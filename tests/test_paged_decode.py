@@ -213,9 +213,10 @@ def test_a_step_reads_what_it_wrote(group: int, matrix: bool) -> None:
     q_matrix = k_matrix = matrix_of(2, 128).cuda() if matrix else None
     pages, full = like(batch.needed_pages, "cuda"), like(batch.needed_full, "cuda")
     arguments = (pages, full, batch.layout, step)
+    nothing = torch.full((len(slots), *full.shape[1::2]), torch.nan, dtype=full.dtype, device="cuda")
 
     def forget() -> None:
-        full[slots // full.shape[2], :, slots % full.shape[2]] = torch.nan
+        full[slots // full.shape[2], :, slots % full.shape[2]] = nothing
 
     expected, output = torch.zeros_like(q), torch.zeros_like(q)
     forget()

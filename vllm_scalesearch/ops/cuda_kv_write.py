@@ -157,11 +157,13 @@ def write(
     options: AttentionOptions,
     q: torch.Tensor | None = None,
     q_matrix: torch.Tensor | None = None,
+    begin_next: bool = False,
 ) -> torch.Tensor | None:
     """`triton_kv_write.transform_and_write`, where `unsupported` names no reason against it.
 
     q: (T, Hq, D), queries to be transformed in the same launch. Returns them, times q_matrix (Hkv, D, D) where
-    there is one; what is past the step's tokens is not defined.
+    there is one; what is past the step's tokens is not defined. begin_next: a kernel behind this one that is
+    launched early may begin while it runs.
     Matrices, both or neither, must not be changed in place: what they are split into is kept with them.
     """
     check_cache(pages, full, layout, options)
@@ -205,6 +207,7 @@ def write(
         1.0 / float(options.v_scale), int(single), tokens, requests, key_blocks, k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), pages.stride(0), pages.stride(1), full.stride(0), full.stride(1),
         step.block_table.stride(0), step.full_block_table.stride(0), *queries,
+        int(begin_next),
         early=early,
     )  # fmt: skip
     return transformed

@@ -44,6 +44,14 @@ def unsupported(layout: PageLayout, options: AttentionOptions, device: torch.dev
     return None
 
 
+def begins_early(group: int) -> bool:
+    """Whether a kernel for so many query heads of a KV head should begin while the one in front still runs.
+
+    For few heads it should not: with 128 channels it took up to 5 % longer (benchmarks/NOTES.md).
+    """
+    return group > _NARROW
+
+
 @dataclass(frozen=True)
 class Program:
     """A compiled kernel's source and macros, and what a launch has to know of it.

@@ -138,7 +138,8 @@ def write_and_attend(
         from vllm_scalesearch.ops import cuda_kv_write, cuda_paged_decode
 
         if cuda_kv_write.unsupported(layout, options, pages.device) is None:
-            q = cuda_kv_write.write(pages, full, layout, step, k, v, k_matrix, options, q, q_matrix)
+            begin_next = cuda_paged_decode.begins_early(q.shape[1] // pages.shape[1])
+            q = cuda_kv_write.write(pages, full, layout, step, k, v, k_matrix, options, q, q_matrix, begin_next)
             cuda_paged_decode.decode(q, pages, full, layout, step, options, output)
             return
     write(pages, full, layout, step, k, v, k_matrix, options)
