@@ -1,4 +1,4 @@
-"""Checkpoints of Llama-3.1-8B's shape with fewer layers and random weights, made on the GPU in seconds."""
+"""Models of Llama-3.1-8B's shape and any number of layers: configurations, and random NVFP4 checkpoints."""
 
 import json
 from pathlib import Path
@@ -44,8 +44,8 @@ _COMPRESSED = {
 }  # fmt: skip
 
 
-def make(folder: Path, layers: int, nvfp4: bool) -> None:
-    """Write the checkpoint: bf16, or NVFP4 codes and scales as compressed-tensors stores them."""
+def make_nvfp4(folder: Path, layers: int) -> None:
+    """Write a checkpoint of NVFP4 codes and scales as compressed-tensors stores them."""
     folder.mkdir(parents=True)
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -53,8 +53,6 @@ def make(folder: Path, layers: int, nvfp4: bool) -> None:
         return (torch.randn(*shape, device="cuda", generator=generator) * scale).bfloat16().cpu()
 
     def linear(name: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
-        if not nvfp4:
-            return {f"{name}.weight": normal(outputs, inputs, scale=inputs**-0.5)}
         packed = torch.randint(256, (outputs, inputs // 2), device="cuda", generator=generator)
         scales = torch.full((outputs, inputs // 16), 1.0).to(torch.float8_e4m3fn)
         return {
@@ -82,7 +80,7 @@ def make(folder: Path, layers: int, nvfp4: bool) -> None:
         folder / "model-ends.safetensors",
         metadata={"format": "pt"},
     )
-    write_config(folder, layers, nvfp4)
+    write_config(folder, layers, nvfp4=True)
 
 
 def write_config(folder: Path, layers: int, nvfp4: bool = False) -> None:

@@ -2,10 +2,10 @@
 
     python benchmarks/serve.py [--layers 8] [--only NAME,...] [--name serve]
 
-Random weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). Prompts of
-128 random tokens, 128 tokens generated; the time is that of decoding alone, the difference between generating
-129 tokens and one. Beside it how long kernels run in a step, by the same difference under a profiler: the rest
-of a step's time is the host's.
+Weights are vLLM's dummy ones, or random NVFP4 in a checkpoint; torch.compile and CUDA graphs, each engine in
+a process of its own (engines.py). Prompts of 128 random tokens, 128 tokens generated; the time is that of
+decoding alone, the difference between generating 129 tokens and one. Beside it how long kernels run in a
+step, by the same difference under a profiler: the rest of a step's time is the host's.
 """
 
 import argparse
@@ -99,17 +99,17 @@ def main() -> None:
         write(arguments.name, {"layers": arguments.layers} | results)  # what is there stays
 
     with tempfile.TemporaryDirectory() as work:
-        models = {}
-        for kind in ("bf16", "nvfp4"):
-            models[kind] = Path(work) / kind
-            llama_like.make(models[kind], arguments.layers, kind == "nvfp4")
+        models = {kind: Path(work) / kind for kind in ("bf16", "nvfp4")}
+        llama_like.write_config(models["bf16"], arguments.layers)
+        llama_like.make_nvfp4(models["nvfp4"], arguments.layers)
         torch.cuda.empty_cache()
         # Given, so that there is nothing to profile while other engines start.
         cache = arguments.layers * llama_like.CACHE_BYTES * CACHED
         chosen, taken = {}, {}
         for name in arguments.only.split(","):
             kind, engine = VARIANTS[name]
-            chosen[name] = models[kind], engine | {"kv_cache_memory_bytes": cache}
+            load = "dummy" if kind == "bf16" else "auto"
+            chosen[name] = models[kind], engine | {"kv_cache_memory_bytes": cache, "load_format": load}
             taken[name] = cache / 2**30 + llama_like.engine_gib(arguments.layers, kind == "nvfp4")
         groups = engines.groups_of(taken, arguments.at_once)
         failed = engines.side_by_side(__file__, Path(work), chosen, keep, groups)
