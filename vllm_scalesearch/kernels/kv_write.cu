@@ -238,7 +238,7 @@ __device__ __forceinline__ void transform_queries(const Arguments& a, Shared& me
 
 // --- kernel ----------------------------------------------------------------------------------------
 
-// begin_next: the next kernel, if launched early, may begin while this one runs.
+// begin_next, of few tokens: the next kernel, if launched early, may begin while this one runs.
 // single: no request has more than one of the step's tokens; then values have a tile index a request.
 // Before wait_for_results only what no kernel in front may have written is read: tables, and the matrix.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kv_write(
@@ -264,17 +264,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kv_write(
         if (ROWS == 1 && MATRIX) copy_matrix(memory, matrix_of(a.matrix, head, index % GROUPS * COLUMNS));
         copy_lookup(memory, key_lookup);
         wait_for_results();
-        if (begin_next) let_next_begin();
+        if (ROWS == 1 && begin_next) let_next_begin();
         write_keys(a, memory, index, head);
     } else if (!QUERIES || query_index < 0) {
         copy_lookup(memory, value_lookup);
         wait_for_results();
-        if (begin_next) let_next_begin();
+        if (ROWS == 1 && begin_next) let_next_begin();
         write_tiles(a, memory, index - key_blocks, head);
     } else {
         copy_matrix(memory, matrix_of(a.q_matrix, head, query_index % GROUPS * COLUMNS));
         wait_for_results();
-        if (begin_next) let_next_begin();
+        if (ROWS == 1 && begin_next) let_next_begin();
         transform_queries(a, memory, query_index, head);
     }
 }
