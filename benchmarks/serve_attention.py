@@ -175,6 +175,8 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
     ready()
     run_case(llm, "warm-up", 2, 256, OUTPUT, PROFILED)
     run_case(llm, "long warm-up", 2, BATCHED + 500, 8)
+    for batch in sorted({batch for batch, _ in sizes.values()}):  # kernels of vLLM's that depend on it
+        run_case(llm, f"warm-up of {batch}", batch, 256, 64)
     plan = [("cases", case, *size, OUTPUT, PROFILED) for case, size in sizes.items()]
     plan += [("fixed", length, *found.batch(length), 0) for length in lengths]
     runs: dict[str, dict[Any, Any]] = {"cases": {}, "fixed": {}, "failed": {}}
