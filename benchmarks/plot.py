@@ -1,6 +1,6 @@
 """Plots of `results/*.json`, beside them as PNG.
 
-python benchmarks/plot.py [gemm quantize serve attention serve_attention]
+python benchmarks/plot.py [gemm quantize serve attention serve_attention serve_32_layers ...]
 """
 
 import json
@@ -19,17 +19,17 @@ def _load(name: str) -> tuple[dict, str]:
     return found["results"], f"{environment['gpu']}, {environment['date'][:10]}"
 
 
-def gemm() -> plt.Figure:
-    results, machine = _load("gemm")
+def gemm(name: str) -> plt.Figure:
+    results, machine = _load(name)
     shapes = sorted({(line["outputs"], line["inputs"]) for line in results["times"]})
     figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), sharey=False)
     names = ("bf16 cuBLAS", "fp8 cuBLAS", "Marlin", "Humming", "ours", "dequantize, cuBLAS")
     for axis, shape in zip(axes, shapes, strict=True):
         lines = [line for line in results["times"] if (line["outputs"], line["inputs"]) == shape]
-        for name in names:
-            points = [(line["rows"], line["us"][name]) for line in lines if name in line["us"]]
-            style = {"linewidth": 2.5, "color": "black"} if name == "ours" else {"marker": ".", "alpha": 0.8}
-            axis.plot(*zip(*points, strict=True), label=name, **style)
+        for each in names:
+            points = [(line["rows"], line["us"][each]) for line in lines if each in line["us"]]
+            style = {"linewidth": 2.5, "color": "black"} if each == "ours" else {"marker": ".", "alpha": 0.8}
+            axis.plot(*zip(*points, strict=True), label=each, **style)
         axis.set(xscale="log", yscale="log", title=f"{shape[0]} x {shape[1]}", xlabel="rows")
         axis.set_xscale("log", base=2)
     axes[0].set_ylabel("us")
@@ -38,8 +38,8 @@ def gemm() -> plt.Figure:
     return figure
 
 
-def quantize() -> plt.Figure:
-    results, machine = _load("quantize")
+def quantize(name: str) -> plt.Figure:
+    results, machine = _load(name)
     limit = results["bytes"] / results["copy_bytes_per_s"] * 1e6
     names = list(results["us"])
     figure, axis = plt.subplots(figsize=(9, 5))
@@ -51,8 +51,8 @@ def quantize() -> plt.Figure:
     return figure
 
 
-def serve() -> plt.Figure:
-    results, machine = _load("serve")
+def serve(name: str) -> plt.Figure:
+    results, machine = _load(name)
     names = list(results["tokens_per_s"])
     batches = list(results["tokens_per_s"][names[0]])
     figure, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 4))
@@ -65,8 +65,8 @@ def serve() -> plt.Figure:
     return figure
 
 
-def attention() -> plt.Figure:
-    results, machine = _load("attention")
+def attention(name: str) -> plt.Figure:
+    results, machine = _load(name)
     names = ("FA3 bf16", "FA3 fp8", "ours")
     figure, axis = plt.subplots(figsize=(10, 4.5))
     for i, (name, color) in enumerate(zip(names, ("tab:blue", "tab:orange", "black"), strict=True)):
@@ -80,8 +80,8 @@ def attention() -> plt.Figure:
     return figure
 
 
-def serve_attention() -> plt.Figure:
-    results, machine = _load("serve_attention")
+def serve_attention(name: str) -> plt.Figure:
+    results, machine = _load(name)
     runs = results["runs"]
     parts = [part for part in ("cases", "fixed") if any(run[part] for run in runs.values())]
     figure, axes = plt.subplots(1, len(parts), figsize=(7.5 * len(parts), 4.5), squeeze=False)
@@ -121,13 +121,18 @@ def serve_attention() -> plt.Figure:
 
 
 PLOTS = {
-    "gemm": gemm, "quantize": quantize, "serve": serve, "attention": attention,
-    "serve_attention": serve_attention,
+    "gemm": gemm, "quantize": quantize, "serve_attention": serve_attention, "serve": serve,
+    "attention": attention,
 }  # fmt: skip
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or [name for name in PLOTS if (RESULTS / f"{name}.json").exists()]:
-        figure = PLOTS[name]()
+        kind = next((kind for kind in PLOTS if name == kind or name.startswith(f"{kind}_")), None)
+        if kind is None:
+            raise SystemExit(
+                f"{name}: there are plots of {', '.join(PLOTS)}, and of files whose names begin so"
+            )
+        figure = PLOTS[kind](name)
         figure.tight_layout()
         figure.savefig(RESULTS / f"{name}.png", dpi=110)
         print(f"written: {RESULTS / name}.png")
