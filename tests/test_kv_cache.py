@@ -66,8 +66,16 @@ class Cache:
         if not count:
             return True
         request.num_computed_tokens = self.computed.get(name, 0)
+        full = self.manager.coordinator.single_type_managers[FULL]
+        held = len(full.req_to_blocks.get(name, ()))
+        asked = full.get_num_blocks_to_allocate(name, begin + count, (), begin, begin, begin + count)
         if self.manager.allocate_slots(request, count, hit, blocks) is None:
             return False
+        if name in self.computed:
+            assert asked == len(full.req_to_blocks[name]) - held
+        # No block is kept for longer than a query needs it.
+        gone = range(full.sink_blocks, full.get_num_skipped_tokens(begin) // FULL_BLOCK)
+        assert [i for i, block in enumerate(full.req_to_blocks[name]) if block.is_null] == list(gone)
         self.computed[name] = begin + count
         tokens = request.all_token_ids
         for token in range(begin, begin + count):
@@ -140,6 +148,18 @@ def test_requests_find_their_tokens(operations, blocks, sink, window):
     for name in list(cache.requests):
         cache.finish(name)
     assert cache.manager.block_pool.get_num_free_blocks() == free
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 1), (1, 5), (8, 8), (4, 40)])
+def test_blocks_are_taken_and_let_go_in_time(sink, window):
+    """In pieces of a prompt and token by token, where the manager answers without asking vLLM's: see `run`."""
+    cache = Cache(200, sink, window)
+    name = cache.add(PROMPTS[1])
+    for count in (7, 1, 13, 4, 1000):
+        assert cache.run(name, count)
+    for token in range(60):
+        cache.requests[name].append_output_token_ids(token)
+        assert cache.run(name, 1)
 
 
 def test_a_prefix_is_hit_with_its_sink_and_window():

@@ -48,6 +48,8 @@ class SinkWindowManager(SlidingWindowManager):
     def __init__(self, kv_cache_spec: "SinkWindowSpec", **arguments: Any) -> None:
         super().__init__(kv_cache_spec, **arguments)
         self.sink_blocks = kv_cache_spec.sink_blocks
+        # Of the computed tokens, all but so many are skipped (`get_num_skipped_tokens`).
+        self.kept_tokens = self.sliding_window - 1 + self.extra_retained_tokens
 
     @classmethod
     def find_longest_cache_hit(
@@ -105,16 +107,24 @@ class SinkWindowManager(SlidingWindowManager):
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
         total_computed_tokens: int,
-        *arguments: Any,
-        **named: Any,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
-        if not new_computed_blocks and request_id in self.req_to_blocks:
-            # Every decoding step asks this of every request, and most have the block that they write to.
-            needed = -(-num_tokens // self.block_size) - len(self.req_to_blocks[request_id])
-            if needed <= 0:
-                return 0
+        # Every decoding step asks this of every request, and most have the block that they write to.
+        blocks = self.req_to_blocks.get(request_id)
+        if blocks and not new_computed_blocks and num_tokens <= len(blocks) * self.block_size:
+            return 0
         count = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *arguments, **named
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap=apply_admission_cap,
+            prefill_end=prefill_end,
         )
         if request_id in self.num_cached_block or not new_computed_blocks:
             return count
@@ -142,9 +152,13 @@ class SinkWindowManager(SlidingWindowManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
+        # Every decoding step asks this of every request too, so what is skipped is counted in line.
+        last = (processed_computed_tokens - self.kept_tokens) // self.block_size
+        if last <= self.sink_blocks:
+            return
         blocks = self.req_to_blocks.get(request_id, ())
-        last = min(skipped, len(blocks))
+        if last > len(blocks):
+            last = len(blocks)
         # Blocks are let go in order, so where the last one is gone all are: as in most steps.
         if last > self.sink_blocks and not blocks[last - 1].is_null:
             self._remove_blocks_in_range(request_id, self.sink_blocks, last)
