@@ -16,10 +16,12 @@ requests of the given lengths at once as fit, by vLLM's own count of blocks (`Ca
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +120,17 @@ def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled
     for request in ids:
         tokens = torch.randint(10, 1000, (length,), generator=generator).tolist()
         engine.add_request(request, {"prompt_token_ids": tokens}, params)
-    counts, start, first, steps, done = {}, time.perf_counter(), None, 0, False
+    counts, start, first, ends, done = {}, time.perf_counter(), None, [], False
     while not done:
         outputs = engine.step()
         counts |= {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
         done = any(count >= output for count in counts.values())
         if first is not None:
-            steps += bool(outputs)
+            if outputs:
+                ends.append(time.perf_counter())
         elif len(counts) == batch:
             first = time.perf_counter(), sum(counts.values())
-    end, tokens = time.perf_counter(), sum(counts.values())
+    end, tokens, steps = time.perf_counter(), sum(counts.values()), len(ends)
     kernels = None
     if profiled and steps:
         llm.collective_rpc(kernel_time.start)
@@ -142,11 +145,14 @@ def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled
     tokens -= first[1]
     if tokens < 0.99 * steps * batch:
         raise Overfull(f"{name}: {tokens / steps:.1f} tokens a step, so requests were preempted")
+    durations = [1e3 * (after - before) for before, after in pairwise([first[0], *ends])]
     return {
         "batch": batch,
         "prompt_tokens_per_s": batch * length / (first[0] - start),
         "output_tokens_per_s": tokens / (end - first[0]),
         "step_ms": (end - first[0]) / steps * 1e3,
+        "median_step_ms": statistics.median(durations),
+        "longest_step_ms": max(durations),
     } | ({} if kernels is None else {"kernels_ms": kernels / counted})
 
 
