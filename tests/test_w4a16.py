@@ -138,15 +138,14 @@ def test_only_weights_whose_order_is_known_are_read(monkeypatch, kernel, capabil
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(
-    ("kernel", "capability", "outputs", "by_rows"),
+    ("kernel", "capability", "by_rows"),
     [
-        ("Marlin", (9, 0), 28672, {1: "decode", 32: "decode", 33: "vLLM", 1023: "vLLM", 1024: "dense"}),
-        ("Humming", (9, 0), 28672, {16: "decode", 17: "vLLM", 4095: "vLLM", 4096: "dense"}),
-        ("Humming", (9, 0), 4096, {32: "decode", 33: "vLLM", 4096: "dense"}),
-        ("Marlin", (8, 0), 28672, {32: "decode", 33: "vLLM", 8192: "vLLM"}),
+        ("Marlin", (9, 0), {1: "decode", 32: "decode", 33: "vLLM", 1023: "vLLM", 1024: "dense"}),
+        ("Humming", (9, 0), {16: "decode", 17: "vLLM", 4095: "vLLM", 4096: "dense"}),
+        ("Marlin", (8, 0), {32: "decode", 33: "vLLM", 8192: "vLLM"}),
     ],
 )
-def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, outputs, by_rows):
+def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, by_rows):
     """With and without scales of rows; none for no rows, which vLLM's kernels take."""
     from vllm_scalesearch import linear, vllm_api
 
@@ -161,9 +160,8 @@ def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, outputs, b
     made = object.__new__(getattr(vllm_api, f"{kernel}NvFp4LinearKernel"))
     monkeypatch.setattr(type(made), "apply_weights", lambda self, layer, x, bias: stand_in("vLLM")(x))
     product = object.__new__(linear._DecodeProduct)
-    product.kernel, product.alpha = made, 1.0
-    product.weight = SimpleNamespace(outputs=outputs, inputs=4096)
-    product.decode_rows, product.dense_rows = linear._measured_rows(made, product.weight)
+    product.kernel, product.alpha, product.weight = made, 1.0, None
+    product.decode_rows, product.dense_rows = linear._measured_rows(made)
     layer = SimpleNamespace(plain_bias=None, bias=None)
     for rows, expected in {0: "vLLM", **by_rows}.items():
         x = torch.zeros(rows, 8)

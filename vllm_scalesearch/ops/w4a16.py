@@ -209,12 +209,14 @@ def _sums_needed(plan: Plan, weight: TiledWeight) -> int:
     return (tiles - plan.whole) * plan.splits * _OUTPUT_TILE * plan.groups * plan.tokens
 
 
-def prepare(weight: TiledWeight, dtype: torch.dtype) -> None:
-    """Compile and load what `product` will run for this weight, and reserve its memory.
+def prepare(weight: TiledWeight, dtype: torch.dtype, most: int = MAX_ROWS) -> None:
+    """Compile and load what `product` will run for up to `most` rows and this weight, and reserve its memory.
 
     Call it for every weight before a CUDA graph is captured. Raises KernelBuildError.
     """
     for rows in (1, 8, 16, MAX_ROWS):
+        if rows > most:
+            break
         chosen = _plan_for(rows, weight)
         _kernel_for(chosen, weight, dtype)
         _workspaces(weight.codes.device).reserve(_sums_needed(chosen, weight))
