@@ -169,31 +169,27 @@ def write(
     check_cache(pages, full, layout, options)
     heads, dim, tokens = pages.shape[1], layout.head_size, len(step.slots)
     check_tokens(k, v, tokens, heads, dim, full.dtype)
-    _checked_matrix(k_matrix, heads, dim)
+    for each in (k_matrix, q_matrix):
+        _checked_matrix(each, heads, dim)
     if pages.stride(0) % 4 or full.stride(0) % 8 or full.stride(1) % 8 or full.data_ptr() % 16:
         raise ValueError(f"KV cache: 16-bit pages must lie at multiples of 16 bytes, strides {full.stride()}")
     if not tokens:
         return q
     k, v = _readable(k), _readable(v)
     parts, early = split(k_matrix, k.device)
-    processors = multiprocessors(k.device)
-    transformed, queries, query_blocks = q, _NO_QUERIES, 0
+    transformed, queries = q, _NO_QUERIES
     if q is None or q_matrix is None:
-        chosen = plan(tokens, heads, dim, processors)
+        chosen = plan(tokens, heads, dim, multiprocessors(k.device))
     else:
-        _check_queries(q, k_matrix, tokens, dim, k.dtype)
-        _checked_matrix(q_matrix, heads, dim)
-        chosen, group = _FEW, group_of(q.shape[1], heads)  # a decoding step: few tokens, or not so many
-        q, transformed = _readable(q), torch.empty_like(q, memory_format=torch.contiguous_format)
-        q_parts, q_early = split(q_matrix, q.device)
+        if k_matrix is None:
+            raise ValueError("queries have a matrix and keys have none: keys must be transformed too")
+        chosen = _FEW  # of a decoding step
+        transformed, queries, q_early = _queries(q, q_matrix, tokens, k.dtype, dim // chosen.columns)
         early = early and q_early
-        columns = dim // chosen.columns
-        most = max(_QUERY_BLOCKS * processors // (heads * columns), 1)
-        query_blocks = columns * min(-(-tokens * group // BLOCK), most)
-        queries = (q, transformed, q_parts, query_blocks, q.shape[1], group, q.stride(0), q.stride(1))
     requests, single = len(step.seq_lens), step.max_query_len == 1
     key_blocks = -(-tokens // (16 * chosen.rows)) * (dim // chosen.columns)
     value_blocks = -(-(requests if single else tokens // BLOCK + requests) // chosen.rows)
+    query_blocks = queries[3]
     blocks = key_blocks + value_blocks + query_blocks
     matrix = k_matrix is not None
     run = _kernel(
@@ -213,21 +209,31 @@ def write(
     return transformed
 
 
-# q, transformed, matrix, blocks, query heads, group and strides.
+# The kernel's arguments: q, transformed, matrix, blocks, query heads, group and strides.
 _NO_QUERIES = (None, None, None, 0, 0, 1, 0, 0)
 
 
-def _check_queries(
-    q: torch.Tensor, k_matrix: torch.Tensor | None, tokens: int, dim: int, dtype: torch.dtype
-) -> None:
+def _queries(
+    q: torch.Tensor, q_matrix: torch.Tensor, tokens: int, dtype: torch.dtype, groups: int
+) -> tuple[torch.Tensor, tuple, bool]:
+    """Where transformed queries go, the kernel's arguments, and whether the matrix may be read early.
+
+    groups: blocks of a row. Raises ValueError for queries that do not fit.
+    """
     check_queries(q)
-    if k_matrix is None:
-        raise ValueError("queries have a matrix and keys have none: keys must be transformed too")
+    heads, dim = q_matrix.shape[:2]
     if len(q) < tokens or q.shape[2] != dim or q.dtype != dtype:
         raise ValueError(
             f"queries {tuple(q.shape)} {q.dtype}: expected {tokens} tokens or more, with heads of {dim} "
             f"channels in {dtype}"
         )
+    group = group_of(q.shape[1], heads)
+    parts, early = split(q_matrix, q.device)
+    q, transformed = _readable(q), torch.empty_like(q, memory_format=torch.contiguous_format)
+    most = max(_QUERY_BLOCKS * multiprocessors(q.device) // (heads * groups), 1)
+    blocks = groups * min(-(-tokens * group // 16), most)
+    arguments = (q, transformed, parts, blocks, q.shape[1], group, q.stride(0), q.stride(1))
+    return transformed, arguments, early
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
