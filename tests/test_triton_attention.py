@@ -21,11 +21,11 @@ from triton.compiler import ASTSource
 
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions, fake_quantized
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import paged_attention, triton_kv_write, triton_paged_attention, triton_quantize
+from vllm_scalesearch.ops import paged_attention, triton_blocks, triton_kv_write, triton_paged_attention
 from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.transforms import head_transform
 
-INTERPRETED = triton_quantize._INTERPRETED
+INTERPRETED = triton_blocks.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS_KERNELS = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="no GPU; test_on_the_cpu runs it"

@@ -29,10 +29,10 @@ from vllm_scalesearch.formats import (
     swizzle_scales,
     tensor_scale_of,
 )
-from vllm_scalesearch.ops import triton_quantize
+from vllm_scalesearch.ops import triton_blocks, triton_quantize
 from vllm_scalesearch.search import ScalePolicy, quantize
 
-INTERPRETED = triton_quantize._INTERPRETED
+INTERPRETED = triton_blocks.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS_KERNELS = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="no GPU; test_on_the_cpu runs it"
@@ -125,12 +125,12 @@ def check_values(values, residual, x, fmt, rule) -> None:
 def _codec_kernel(x_ptr, code_ptr, scale_ptr, reciprocal_ptr, half_ptr, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     x = tl.load(x_ptr + at)
-    code = triton_quantize._encode_e4m3(x)
-    scale = triton_quantize._decode_e4m3(tl.maximum(code, 1))
+    code = triton_blocks.encode_e4m3(x)
+    scale = triton_blocks.decode_e4m3(tl.maximum(code, 1))
     tl.store(code_ptr + at, code)
     tl.store(scale_ptr + at, scale)
-    tl.store(reciprocal_ptr + at, triton_quantize._reciprocal_of_e4m3(scale))
-    tl.store(half_ptr + at, triton_quantize._narrow(x, tl.bfloat16))
+    tl.store(reciprocal_ptr + at, triton_blocks.reciprocal_of_e4m3(scale))
+    tl.store(half_ptr + at, triton_blocks.narrow(x, tl.bfloat16))
 
 
 @RUNS_KERNELS

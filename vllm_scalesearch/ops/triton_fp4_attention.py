@@ -27,10 +27,19 @@ from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.fp4_product import FP4_CAPABILITIES, _decode
 from vllm_scalesearch.ops.step import Step
+from vllm_scalesearch.ops.triton_blocks import (
+    SIGN,
+    as_blocks,
+    as_rows,
+    bits_of,
+    block_values,
+    narrow,
+    packed_words,
+    scale_pair,
+    widen,
+    winners,
+)
 from vllm_scalesearch.ops.triton_kv_write import (
-    _as_blocks,
-    _as_rows,
-    _block_values,
     _request_of_block,
     _rule_constants,
     check_cache,
@@ -47,15 +56,6 @@ from vllm_scalesearch.ops.triton_paged_attention import (
     _rounded,
     _scaled,
     _softmax_step,
-)
-from vllm_scalesearch.ops.triton_quantize import (
-    _SIGN,
-    _bits,
-    _narrow,
-    _packed_words,
-    _scale_pair,
-    _widen,
-    _winners,
 )
 
 # Values that one MMA sums over: head_dim is filled up to it, and a tile of tokens has as many at least.
@@ -95,16 +95,16 @@ def _packed(
     """fp32 (ROWS, WIDE) as NVFP4 under a tensor scale of 1: codes and scales, as `_product` has them, and the
     sums of rows."""
     BLOCKS: tl.constexpr = ROWS * WIDE // 16
-    blocks = _as_blocks(x, BLOCKS)
-    y, _, best, finite = _winners(blocks, 1.0, BOUNDED, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
-    _, reciprocal = _scale_pair(best, best, True)
-    words = _packed_words(y, _bits(blocks) & _SIGN, reciprocal, finite, HW_E2M1, BLOCKS, 2)
+    blocks = as_blocks(x, BLOCKS)
+    y, _, best, finite = winners(blocks, 1.0, BOUNDED, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
+    _, reciprocal = scale_pair(best, best, True)
+    words = packed_words(y, bits_of(blocks) & SIGN, reciprocal, finite, HW_E2M1, BLOCKS, 2)
     codes = (words[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 0xFF
     scales = tl.where(finite, best, 0x7F)
     return (
         tl.reshape(codes.to(tl.uint8), (ROWS, WIDE // 2)),
         tl.reshape(scales.to(tl.uint8), (ROWS, WIDE // 16)),
-        tl.sum(_as_rows(_block_values(y, best, finite, HW_E2M1), ROWS, WIDE), 1),
+        tl.sum(as_rows(block_values(y, best, finite, HW_E2M1), ROWS, WIDE), 1),
     )
 
 
@@ -288,7 +288,7 @@ def _fp4_attention_kernel(
     query_head = head * GROUP + row % GROUP
     q_rows = token_row * q_stride + query_head * q_head_stride
     q, q_scales, _ = _packed(
-        _widen(_queries(q_ptr, q_rows, valid, D, WIDE)), True, Q_RULE, Q_OFFSETS, ROWS, WIDE, HW_E2M1
+        widen(_queries(q_ptr, q_rows, valid, D, WIDE)), True, Q_RULE, Q_OFFSETS, ROWS, WIDE, HW_E2M1
     )
     table_ptr = block_table_ptr + request.to(tl.int64) * table_stride
     full_table_ptr = full_block_table_ptr + request.to(tl.int64) * full_table_stride
@@ -369,7 +369,7 @@ def _fp4_attention_kernel(
     column = tl.arange(0, WIDE)
     out = token_row * output_stride + query_head * output_head_stride
     mask = valid[:, None] & (column < D)[None, :]
-    tl.store(output_ptr + out[:, None] + column[None, :], _narrow(output, DTYPE), mask=mask)
+    tl.store(output_ptr + out[:, None] + column[None, :], narrow(output, DTYPE), mask=mask)
 
 
 # --- its launch ----------------------------------------------------------------------------------
@@ -475,5 +475,5 @@ def attention_constants(
         OPAQUE_ZERO=fp4_units and _NEEDS_OPAQUE_ZERO,
     )
     warps = 8 if rows > BLOCK else 4
-    # The search's products must not be contracted (triton_quantize.py).
+    # The search's products must not be contracted (triton_blocks.py).
     return constants, dict(num_warps=warps, num_stages=2, enable_fp_fusion=False)

@@ -16,6 +16,7 @@ import triton.language as tl
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.step import Step
+from vllm_scalesearch.ops.triton_blocks import widen
 from vllm_scalesearch.ops.triton_kv_write import _request_of_block, check_cache, page_constants
 from vllm_scalesearch.ops.triton_paged_attention import (
     _STORED_UNIT,
@@ -24,7 +25,6 @@ from vllm_scalesearch.ops.triton_paged_attention import (
     _rounded,
     _stored_tile,
 )
-from vllm_scalesearch.ops.triton_quantize import _widen
 
 # Tokens of a program: a power of two, of whole tiles of V along tokens.
 _TILE = 32
@@ -86,8 +86,8 @@ def _gather_kernel(
             codes_ptr, scales_ptr, table_ptr, bottom, 0, 0, page_words, K_SCALES, V_CODES, V_SCALES,
             V_ALONG_TOKENS, D, WIDE, PAGE, TILE, False, DTYPE,
         )  # fmt: skip
-        k = _rounded(_widen(k) * _STORED_UNIT, DTYPE)
-        v = _rounded(_widen(v) * unit, DTYPE)
+        k = _rounded(widen(k) * _STORED_UNIT, DTYPE)
+        v = _rounded(widen(v) * unit, DTYPE)
         if D == WIDE:
             tl.store(k_at, k)
             tl.store(v_at, v)
@@ -109,8 +109,8 @@ def _gather_kernel(
                 V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, True, DTYPE,
             )  # fmt: skip
             mask = stored[:, None] & inside
-            tl.store(k_at, _rounded(_widen(k) * _STORED_UNIT, DTYPE), mask=mask)
-            tl.store(v_at, _rounded(_widen(v) * unit, DTYPE), mask=mask)
+            tl.store(k_at, _rounded(widen(k) * _STORED_UNIT, DTYPE), mask=mask)
+            tl.store(v_at, _rounded(widen(v) * unit, DTYPE), mask=mask)
 
 
 def gather(

@@ -1,7 +1,7 @@
 """Triton kernels in front of attention over the paged cache: transform queries and keys, write the cache.
 
 A program transforms the keys of some tokens of one KV head, writes them and their values to the 16-bit
-pages, and writes both as NVFP4 to the packed pages (kv_pages.py), with the search of triton_quantize.py and
+pages, and writes both as NVFP4 to the packed pages (kv_pages.py), with the search of triton_blocks.py and
 so with the bits of search.py. Where V is grouped along tokens, a second launch packs the tiles of V that the
 step completes.
 
@@ -18,22 +18,25 @@ import triton.language as tl
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import triton_quantize
 from vllm_scalesearch.ops.step import Step
-from vllm_scalesearch.ops.triton_quantize import (
-    _SIGN,
-    _bits,
-    _element_unit,
-    _from_bits,
-    _load_tile,
-    _narrow,
-    _narrow_exact,
-    _packed_words,
-    _round,
-    _scale_pair,
-    _store_tile,
-    _widen,
-    _winners,
+from vllm_scalesearch.ops.triton_blocks import (
+    INTERPRETED,
+    SIGN,
+    as_blocks,
+    as_rows,
+    bits_of,
+    block_values,
+    from_bits,
+    has_e2m1,
+    load_tile,
+    narrow,
+    narrow_exact,
+    packed_words,
+    rule_of,
+    scale_pair,
+    store_tile,
+    widen,
+    winners,
 )
 from vllm_scalesearch.search import ScalePolicy
 
@@ -77,33 +80,13 @@ def _times_matrix(
     for start in range(0, D, STEP):
         inner = start + tl.arange(0, STEP)
         inside = inner < D
-        x = _widen(tl.load(x_ptr + rows[:, None] + inner, mask=keep[:, None] & inside[None, :], other=0.0))
+        x = widen(tl.load(x_ptr + rows[:, None] + inner, mask=keep[:, None] & inside[None, :], other=0.0))
         at = inner[:, None] * D + column[None, :]
         matrix = tl.load(matrix_ptr + at, mask=inside[:, None] & (column < D)[None, :], other=0.0)
-        high = _from_bits(_bits(matrix) & _TF32)
+        high = from_bits(bits_of(matrix) & _TF32)
         product = tl.dot(x, high, product, input_precision="tf32")
         product = tl.dot(x, matrix - high, product, input_precision="tf32")
     return product
-
-
-@triton.jit
-def _as_blocks(x, BLOCKS: tl.constexpr):
-    """Values in rows of whole blocks of 16, as a tile of blocks (BLOCKS, 8, 2) (`_load_tile`)."""
-    return tl.permute(tl.reshape(x, (BLOCKS, 2, 8)), (0, 2, 1))
-
-
-@triton.jit
-def _as_rows(x, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Undo `_as_blocks`."""
-    return tl.reshape(tl.permute(x, (0, 2, 1)), (ROWS, WIDE))
-
-
-@triton.jit
-def _block_values(y, best, finite, HW_E2M1: tl.constexpr):
-    """Magnitudes of the blocks y as NVFP4 under the scales that won, tensor scale apart; fp32 and exact."""
-    scale, reciprocal = _scale_pair(best, best, True)
-    q = _round(y, reciprocal, HW_E2M1) * _element_unit(HW_E2M1)
-    return q * tl.where(finite, scale, float("nan"))[:, None, None]
 
 
 @triton.jit
@@ -117,9 +100,9 @@ def _write_packed(
     (BLOCKS // 2, 4) and keep_codes are of such pairs. Byte i of word t holds value 4 t + i of both blocks, the
     first's in its low nibble.
     """
-    y, _, best, finite = _winners(x, reciprocal, True, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
-    _, scale_reciprocal = _scale_pair(best, best, True)
-    words = _packed_words(y, _bits(x) & _SIGN, scale_reciprocal, finite, HW_E2M1, BLOCKS, 2)
+    y, _, best, finite = winners(x, reciprocal, True, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
+    _, scale_reciprocal = scale_pair(best, best, True)
+    words = packed_words(y, bits_of(x) & SIGN, scale_reciprocal, finite, HW_E2M1, BLOCKS, 2)
     # Four nibbles, each in a byte of its own, and those of the second of two blocks above the first's.
     nibbles = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
     nibbles = (nibbles | (nibbles << 8)) & 0x00FF00FF
@@ -182,19 +165,19 @@ def _write_kernel(
         kept = tl.load(slots_ptr + row, mask=row < tokens, other=-1) >= 0
         matrix_ptr += head * (D * D)
         product = _times_matrix(k_ptr, row.to(tl.int64) * k_stride, kept, matrix_ptr, D, WIDE, TOKENS, STEP)
-        x = _as_blocks(_widen(_narrow(product, DTYPE)), BLOCKS)
+        x = as_blocks(widen(narrow(product, DTYPE)), BLOCKS)
     else:
         rows = token.to(tl.int64)[:, None] * k_stride + columns
-        x = _load_tile(k_ptr, None, None, 1.0, 0, rows, keep[:, None], "plain", BLOCKS, 2)
-    _store_tile(full_ptr, _narrow_exact(x, DTYPE), full_at, keep[:, None], BLOCKS, 2)
+        x = load_tile(k_ptr, rows, keep[:, None])
+    store_tile(full_ptr, narrow_exact(x, DTYPE), full_at, keep[:, None], BLOCKS, 2)
     _write_packed(
         x, 1.0, codes_ptr, code, keep_codes, pages_ptr + K_SCALES, scale, keep,
         K_RULE, K_OFFSETS, HW_E2M1, BLOCKS, 1,
     )  # fmt: skip
 
     rows = head * v_head_stride + token.to(tl.int64)[:, None] * v_stride + columns
-    x = _load_tile(v_ptr, None, None, 1.0, 0, rows, keep[:, None], "plain", BLOCKS, 2)
-    _store_tile(full_ptr + D, _narrow_exact(x, DTYPE), full_at, keep[:, None], BLOCKS, 2)
+    x = load_tile(v_ptr, rows, keep[:, None])
+    store_tile(full_ptr + D, narrow_exact(x, DTYPE), full_at, keep[:, None], BLOCKS, 2)
     if not V_ALONG_TOKENS:
         _write_packed(
             x, tl.div_rn(1.0, v_scale), codes_ptr + V_CODES // 4, code, keep_codes, pages_ptr + V_SCALES, scale,
@@ -227,11 +210,11 @@ def _write_tiles_kernel(
         token = tile * 16 + eight
         page = tl.load(full_table_ptr + token // FULL_PAGE).to(tl.int64)
         at = (page * full_stride + token % FULL_PAGE * (2 * D))[None, :] + channel[:, None]
-        low = _widen(tl.load(full_ptr + at, mask=keep[:, None], other=0.0))
+        low = widen(tl.load(full_ptr + at, mask=keep[:, None], other=0.0))
         token += 8
         page = tl.load(full_table_ptr + token // FULL_PAGE).to(tl.int64)
         at = (page * full_stride + token % FULL_PAGE * (2 * D))[None, :] + channel[:, None]
-        high = _widen(tl.load(full_ptr + at, mask=keep[:, None], other=0.0))
+        high = widen(tl.load(full_ptr + at, mask=keep[:, None], other=0.0))
 
         page = tl.load(block_table_ptr + request.to(tl.int64) * table_stride + tile * 16 // PAGE).to(tl.int64)
         part = page * page_words + head * head_words
@@ -270,17 +253,17 @@ def _transform_query_kernel(
     out = (token * (tl.num_programs(1) * GROUP) + query_head)[:, None] * D + column[None, :]
     if matrix_ptr is not None:
         product = _times_matrix(q_ptr, rows, keep, matrix_ptr + head * (D * D), D, WIDE, ROWS, STEP)
-        transformed = _narrow(product, DTYPE)
+        transformed = narrow(product, DTYPE)
         tl.store(transformed_ptr + out, transformed, mask=mask)
-        x = _widen(transformed)
+        x = widen(transformed)
     else:
-        x = _widen(tl.load(q_ptr + rows[:, None] + column[None, :], mask=mask, other=0.0))
+        x = widen(tl.load(q_ptr + rows[:, None] + column[None, :], mask=mask, other=0.0))
     if stored_ptr is not None:
         BLOCKS: tl.constexpr = ROWS * WIDE // 16
-        x = _as_blocks(x, BLOCKS)
-        y, _, best, finite = _winners(x, 1.0, True, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
-        values = _from_bits(_bits(_block_values(y, best, finite, HW_E2M1)) | (_bits(x) & _SIGN))
-        tl.store(stored_ptr + out, _narrow_exact(_as_rows(values, ROWS, WIDE), DTYPE), mask=mask)
+        x = as_blocks(x, BLOCKS)
+        y, _, best, finite = winners(x, 1.0, True, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
+        values = from_bits(bits_of(block_values(y, best, finite, HW_E2M1)) | (bits_of(x) & SIGN))
+        tl.store(stored_ptr + out, narrow_exact(as_rows(values, ROWS, WIDE), DTYPE), mask=mask)
 
 
 # --- launching -----------------------------------------------------------------------------------
@@ -314,7 +297,7 @@ def transform_and_write(
     matrix = _checked_matrix(k_matrix, heads, dim)
     if not tokens:
         return
-    constants = write_constants(layout, full.shape[2], options, tokens, triton_quantize._has_e2m1(pages.device))
+    constants = write_constants(layout, full.shape[2], options, tokens, has_e2m1(pages.device))
     page_words, head_words = pages.stride(0) // 4, pages.stride(1) // 4
     _write_kernel[(triton.cdiv(tokens, constants["TOKENS"]), heads)](
         pages, full, step.slots, step.full_slots, k, v, matrix, float(options.v_scale), tokens,
@@ -353,7 +336,7 @@ def transform_query(
     transformed = q if matrix is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stored = transformed if options.q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
-        constants = query_constants(group, dim, options, len(q), triton_quantize._has_e2m1(q.device))
+        constants = query_constants(group, dim, options, len(q), has_e2m1(q.device))
         _transform_query_kernel[(triton.cdiv(len(q) * group, constants["ROWS"]), heads)](
             q, matrix, transformed, None if options.q is None else stored, len(q), q.stride(0), q.stride(1),
             **constants, num_warps=warps(constants["ROWS"] * constants["WIDE"]), enable_fp_fusion=False,
@@ -415,7 +398,7 @@ def check_queries(q: torch.Tensor) -> None:
 
 
 def _check_device(x: torch.Tensor) -> None:
-    if not (x.is_cuda or triton_quantize._INTERPRETED):
+    if not (x.is_cuda or INTERPRETED):
         raise ValueError(f"on {x.device} this runs only in Triton's interpreter (TRITON_INTERPRET=1)")
 
 
@@ -445,7 +428,7 @@ def warps(values: int) -> int:
 
 
 def _rule_constants(prefix: str, policy: ScalePolicy | str | None) -> dict:
-    rule, offsets = ("offsets", (0,)) if policy is None else triton_quantize._rule(NVFP4, policy)
+    rule, offsets = ("offsets", (0,)) if policy is None else rule_of(NVFP4, policy)
     return {f"{prefix}RULE": rule, f"{prefix}OFFSETS": offsets}
 
 

@@ -25,29 +25,29 @@ import triton.language as tl
 
 from vllm_scalesearch.attention_reference import BLOCK, P_LEVELS, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import triton_quantize
 from vllm_scalesearch.ops.step import Step
+from vllm_scalesearch.ops.triton_blocks import (
+    INTERPRETED,
+    as_blocks,
+    as_rows,
+    block_values,
+    decode_e4m3,
+    from_bits,
+    narrow,
+    narrow_exact,
+    widen,
+    winners,
+)
 from vllm_scalesearch.ops.triton_kv_write import (
-    _as_blocks,
-    _as_rows,
-    _block_values,
     _request_of_block,
     _rule_constants,
     check_cache,
     check_queries,
     page_constants,
 )
-from vllm_scalesearch.ops.triton_quantize import (
-    _decode_e4m3,
-    _from_bits,
-    _narrow,
-    _narrow_exact,
-    _widen,
-    _winners,
-)
 
 # The interpreter multiplies bf16 as integers, and does not round to it.
-_EMULATED = tl.constexpr(triton_quantize._INTERPRETED)
+_EMULATED = tl.constexpr(INTERPRETED)
 # A stored value is its operand times this; so far below it, no product on the way leaves fp32.
 _STORED_UNIT = tl.constexpr(256.0)
 _P_LEVELS = tl.constexpr(float(P_LEVELS))
@@ -65,7 +65,7 @@ _LARGE_ROWS = 64  # From so many rows on, a program is large: half as many are e
 def _dot(a, b):
     """(M, K) times (K, N), 16 bits each: fp32."""
     if _EMULATED:
-        return tl.dot(_widen(a), _widen(b), input_precision="ieee")
+        return tl.dot(widen(a), widen(b), input_precision="ieee")
     else:
         return tl.dot(a, b)
 
@@ -74,7 +74,7 @@ def _dot(a, b):
 def _rounded(x, DTYPE: tl.constexpr):
     """fp32 rounded to nearest even in DTYPE."""
     if _EMULATED:
-        return _narrow(x, DTYPE)
+        return narrow(x, DTYPE)
     else:
         return x.to(DTYPE)
 
@@ -82,7 +82,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 @triton.jit
 def _operand_scale(code):
     """What E2M1 bits in the place of fp32's lead to, under E4M3 codes: 2**126 of the code's value, / 256."""
-    scale = _decode_e4m3(code) * 3.323069989690122e35  # 2**118
+    scale = decode_e4m3(code) * 3.323069989690122e35  # 2**118
     return tl.where(code == 0x7F, float("nan"), scale)
 
 
@@ -93,7 +93,7 @@ def _value(word, scale, INDEX: tl.constexpr):
     LEFT: tl.constexpr = 22 - 4 * INDEX
     bits = (word << LEFT) if LEFT >= 0 else (word >> (-LEFT))
     sign = (word << (28 - 4 * INDEX)) & -0x80000000
-    return _from_bits((bits & 0x01C00000) | sign) * scale
+    return from_bits((bits & 0x01C00000) | sign) * scale
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _stored_rows(
     values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE, 4, PAIRS, 4, 2))
     values = tl.reshape(tl.permute(values, (0, 2, 4, 1, 3)), (TILE, WIDE))
     # Rounded last, since Triton 3.6 fails on a reshape right in front of an operand on Hopper.
-    return _narrow_exact(values, DTYPE)
+    return narrow_exact(values, DTYPE)
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _stored_columns(
     # Tiles, words (chunk, lane's row and column, group), bytes, nibbles: to channels and tokens.
     values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE // 16, CHUNKS, 8, 4, CHUNK, 4, 2))
     values = tl.reshape(tl.permute(values, (1, 4, 6, 2, 0, 3, 5)), (WIDE, TILE))
-    return tl.trans(_narrow_exact(values, DTYPE))
+    return tl.trans(narrow_exact(values, DTYPE))
 
 
 @triton.jit
@@ -265,9 +265,9 @@ def _quantized_p(
 ):
     """A tile of P as NVFP4: values (ROWS, TILE) fp32, exact in 16 bits, in units of _P_LEVELS at two levels."""
     BLOCKS: tl.constexpr = ROWS * TILE // 16
-    blocks = _as_blocks(p, BLOCKS)
-    y, _, best, finite = _winners(blocks, 1.0, False, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
-    return _as_rows(_block_values(y, best, finite, HW_E2M1), ROWS, TILE)
+    blocks = as_blocks(p, BLOCKS)
+    y, _, best, finite = winners(blocks, 1.0, False, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
+    return as_rows(block_values(y, best, finite, HW_E2M1), ROWS, TILE)
 
 
 @triton.jit
@@ -301,7 +301,7 @@ def _plus_stored(
             return output + _dot(_rounded(quantized, DTYPE), v), total
         else:
             quantized = _quantized_p(p, ROWS, TILE, P_RULE, P_OFFSETS, HW_E2M1)
-            return output + _dot(_narrow_exact(quantized, DTYPE), v), total + tl.sum(quantized, 1)
+            return output + _dot(narrow_exact(quantized, DTYPE), v), total + tl.sum(quantized, 1)
 
 
 @triton.jit
@@ -474,7 +474,7 @@ def _attention_kernel(
     else:
         output *= (unit / total)[:, None]
         out = token_row * output_stride + query_head * output_head_stride
-        tl.store(output_ptr + out[:, None] + column[None, :], _narrow(output, DTYPE), mask=mask)
+        tl.store(output_ptr + out[:, None] + column[None, :], narrow(output, DTYPE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["requests", "segments"], do_not_specialize_on_alignment=["query_start_loc_ptr"])
@@ -503,7 +503,7 @@ def _merge_kernel(
     output = tl.sum(partial * weight[:, None], 0) * (unit / total)
     out = token * output_stride + head.to(tl.int64) * output_head_stride
     DTYPE: tl.constexpr = output_ptr.dtype.element_ty
-    tl.store(output_ptr + out + column, _narrow(output, DTYPE), mask=column < D)
+    tl.store(output_ptr + out + column, narrow(output, DTYPE), mask=column < D)
 
 
 # --- launching -----------------------------------------------------------------------------------
@@ -618,7 +618,7 @@ def attention_constants(
     warps = 8 if wide > 128 or rows >= (128 if large else 64) else 4
     # Elsewhere registers do not suffice to read ahead, nor does shared memory for heads of 256.
     stages = 3 if large or (rows == BLOCK and wide <= 128) else 1
-    # The search's products must not be contracted (triton_quantize.py).
+    # The search's products must not be contracted (triton_blocks.py).
     return constants, dict(num_warps=warps, num_stages=stages, enable_fp_fusion=options.p is None)
 
 

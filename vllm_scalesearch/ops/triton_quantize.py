@@ -1,18 +1,9 @@
 """The searched quantizers as one Triton kernel: the bits of search.py, in one pass over the input.
 
-A thread holds whole blocks in registers, tries the candidates one after the other, and writes what
-is asked for: packed codes and block scales, dequantized values, or both. What comes before a linear
-layer (SiLU-and-mul, RMSNorm) can be computed on the way in.
-
-What makes the bits those of the reference:
-
-* `s * q` has six significant bits, so `fma(q, -s, y)` is the reference's product and difference, but
-  for the sign. No other product is contracted: the kernel is compiled with ``enable_fp_fusion=False``.
-* The error is added in pairs, neighbours first; each `tl.sum` over two is one addition.
-* Divisions are `tl.div_rn` (Triton's ``/`` is approximate in fp32; only silu, which has no exact
-  definition, uses it), and denormals are kept.
-* Conversions that the interpreter or older GPUs do not round properly (E4M3, bf16) are integer
-  arithmetic, so ``TRITON_INTERPRET=1`` on the CPU checks what the GPU runs.
+A program searches tiles of blocks (triton_blocks.py) of one row and writes what is asked for: packed
+codes and block scales, dequantized values, or both. What comes before a linear layer (SiLU-and-mul,
+RMSNorm) can be computed on the way in. Divisions are `tl.div_rn`: Triton's ``/`` is approximate in
+fp32, and only silu, which has no exact definition, uses it.
 
 Metric ``mse`` only. Nothing here waits for the device: all of it can be captured in a CUDA graph.
 Dispatch between this and the reference is the caller's (ops/quantize.py).
@@ -25,12 +16,27 @@ import triton
 import triton.language as tl
 
 from vllm_scalesearch.formats import _FOLD_RANGE, E2M1_MAX, E4M3_MAX, BlockFormat, tensor_scale_of
+from vllm_scalesearch.ops.triton_blocks import (
+    INTERPRETED,
+    SIGN,
+    bits_of,
+    element_unit,
+    elements,
+    finite_magnitude_bits,
+    from_bits,
+    has_e2m1,
+    narrow,
+    narrow_exact,
+    packed_words,
+    power_of_two,
+    rule_of,
+    scale_pair,
+    store_tile,
+    widen,
+    winners,
+)
 from vllm_scalesearch.search import ScalePolicy
 
-_EXPONENT = tl.constexpr(0x7F800000)
-_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-_SIGN = tl.constexpr(-0x80000000)
-_SIXTH = tl.constexpr(1.0 / 6.0)
 _TENSOR_SCALE = tl.constexpr(1.0 / (E2M1_MAX * E4M3_MAX))
 _SMALLEST_TENSOR_SCALE = tl.constexpr(2.0**-126)
 
@@ -44,315 +50,15 @@ _PROGRAMS = 512
 _AMAX_VALUES = 4096  # read at once by each program while it looks for the row's scale
 
 
-# --- bits ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _from_bits(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _power_of_two(exponent):
-    """2**exponent, fp32, for exponents of normal numbers."""
-    return _from_bits((exponent + 127) << 23)
-
-
-@triton.jit
-def _widen(x):
-    """fp32 of bf16, fp16 or fp32."""
-    if x.dtype == tl.bfloat16:
-        return _from_bits(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """fp32 rounded to nearest even in dtype."""
-    if dtype == tl.bfloat16:
-        bits = _bits(x)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, rounded)
-        return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def _narrow_exact(x, dtype: tl.constexpr):
-    """fp32 that bf16 holds exactly, or NaN, in bf16; rounded to nearest even in another dtype."""
-    if dtype == tl.bfloat16:
-        return (_bits(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def _finite_magnitude_bits(x):
-    """Bits of |x|, 0 where x is not finite. Ordered as the magnitudes are."""
-    bits = _bits(x) & _MAGNITUDE
-    return tl.where(bits < _EXPONENT, bits, 0)
-
-
-# --- block scales --------------------------------------------------------------------------------
-
-
-@triton.jit
-def _encode_e4m3(x):
-    """E4M3 code (int32) of fp32 x >= 0: to nearest even, saturating at 448."""
-    x = tl.minimum(x, 448.0)
-    # A step is an eighth of the value's power of two, 2**-9 below 2**-6. Adding and subtracting
-    # 1.5 * 2**20 powers, where fp32 numbers lie one step apart, rounds to nearest even.
-    magic = _from_bits(_bits(tl.maximum(x, 0.015625)) & _EXPONENT) * 1572864.0
-    rounded = (x + magic) - magic
-    # 2**-6, the smallest normal E4M3, becomes fp32's: then the codes are the leading bits.
-    return _bits(rounded * 7.52316384526264e-37) >> 20  # 2**-120
-
-
-@triton.jit
-def _decode_e4m3(code):
-    return _from_bits(code << 20) * 1.329227995784916e36  # 2**120
-
-
-@triton.jit
-def _floor_log2(x):
-    """floor(log2(x)), int32, of fp32 x > 0, denormals included."""
-    small = x < 1.1754943508222875e-38  # 2**-126
-    scaled = tl.where(small, x * 18446744073709551616.0, x)  # 2**64
-    return ((_bits(scaled) >> 23) & 0xFF) - tl.where(small, 127 + 64, 127)
-
-
-@triton.jit
-def _reciprocal_of_e4m3(scale):
-    """1 / scale, correctly rounded, of the fp32 value of an E4M3 code from 1 to 126.
-
-    A first guess that is 10 % off at most, and three of Newton's steps: exact for all 126, without a
-    division's branches and its call for other numbers (tests/test_triton_quantize.py tries each).
-    """
-    r = _from_bits(0x7EF2C000 - _bits(scale))
-    for _ in tl.static_range(3):
-        # Not -scale, which Triton computes as a difference.
-        r = tl.fma(r, tl.fma(scale * -1.0, r, 1.0), r)
-    return r
-
-
-@triton.jit
-def _scale_pair(code, unit, IS_NVFP4: tl.constexpr):
-    """The scale of a code, and its reciprocal; MXFP4's relative to `unit`, as in search.py."""
-    if IS_NVFP4:
-        scale = _decode_e4m3(code)
-        return scale, _reciprocal_of_e4m3(scale)
-    else:
-        exponent = tl.minimum(tl.maximum(code - unit, -60), 60)
-        return _power_of_two(exponent), _power_of_two(-exponent)
-
-
-# --- elements ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _round_trip_hw(t):
-    """fp32 0 <= t < inf rounded to E2M1 by the hardware, two at a time."""
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b8 code;
-        .reg .b32 pair;
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e2m1x2.f32 code, $3, $2;
-        cvt.rn.f16x2.e2m1x2 pair, code;
-        mov.b32 {low, high}, pair;
-        cvt.f32.f16 $0, low;
-        cvt.f32.f16 $1, high;
-        }
-        """,
-        "=r,=r,r,r",
-        [t],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _encode_pair_hw(low, high):
-    """Two signed fp32 values as one byte of E2M1 codes (int32), low nibble first."""
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b8 code;
-        .reg .b16 wide;
-        cvt.rn.satfinite.e2m1x2.f32 code, $2, $1;
-        mov.b16 wide, {code, 0};
-        cvt.u32.u16 $0, wide;
-        }
-        """,
-        "=r,r,r",
-        [low, high],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-# Elements travel as q on GPUs that convert to E2M1, and as q * 2**-22 elsewhere.
-
-
-@triton.jit
-def _round(y, reciprocal, HW_E2M1: tl.constexpr):
-    """E2M1(y * reciprocal) as it travels. y: (TILE, 8, SUB) >= 0; reciprocal: (TILE,)."""
-    t = y * reciprocal[:, None, None]
-    if HW_E2M1:
-        return _round_trip_hw(t)
-    else:
-        # As `round_to_e2m1`: steps are half the value's power of two, and 0.5 below 1. fp32 numbers
-        # lie such a step times 2**-22 apart where that power itself is, so it serves as the magic number
-        # as it is, if t is added to it times 2**-22. Scaling by powers of two changes no bit, and
-        # the product in the fma is exact.
-        t = tl.minimum(t, 6.0)
-        power = _from_bits(_bits(tl.maximum(t, 1.0)) & _EXPONENT)
-        return tl.fma(t, 2.384185791015625e-07, power) - power
-
-
-@triton.jit
-def _element_unit(HW_E2M1: tl.constexpr):
-    """What an element is multiplied by to give q."""
-    return 1.0 if HW_E2M1 else 4194304.0
-
-
-@triton.jit
-def _tree_sum(x, TILE: tl.constexpr, SUB: tl.constexpr):
-    """(TILE, 8, SUB) to (TILE,): value i of a block is [i % 8, i // 8]; a sum of two is one addition."""
-    x = tl.sum(tl.reshape(x, (TILE, 4, 2, SUB)), 2)
-    x = tl.sum(tl.reshape(x, (TILE, 2, 2, SUB)), 2)
-    x = tl.sum(x, 1)
-    if SUB == 4:
-        x = tl.sum(tl.reshape(x, (TILE, 2, 2)), 2)
-    return tl.sum(x, 1)
-
-
-@triton.jit
-def _error(y, code, unit, IS_NVFP4: tl.constexpr, HW_E2M1: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr):
-    """Squared error (TILE,) of the blocks y under the scales of `code`."""
-    scale, reciprocal = _scale_pair(code, unit, IS_NVFP4)
-    q = _round(y, reciprocal, HW_E2M1)
-    wide = tl.broadcast_to((scale * -_element_unit(HW_E2M1))[:, None, None], (TILE, 8, SUB))
-    deviation = tl.fma(q, wide, y)  # |y| - s * q
-    return _tree_sum(deviation * deviation, TILE, SUB)
-
-
-@triton.jit
-def _search(
-    y, amax, base, unit, RULE: tl.constexpr, OFFSETS: tl.constexpr, IS_NVFP4: tl.constexpr,
-    HW_E2M1: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
-):  # fmt: skip
-    """The winning scale codes (TILE,) int32. y: magnitudes; amax: theirs; base: the absmax code."""
-    MIN: tl.constexpr = 1 if IS_NVFP4 else 0
-    MAX: tl.constexpr = 126 if IS_NVFP4 else 252
-    # Candidates ascend, so that a later one must be strictly better.
-    if RULE == "full":
-        best = tl.full((TILE,), MIN, tl.int32)
-        least = _error(y, best, unit, IS_NVFP4, HW_E2M1, TILE, SUB)
-        for number in range(MIN + 1, MAX + 1):
-            code = tl.zeros((TILE,), tl.int32) + number
-            error = _error(y, code, unit, IS_NVFP4, HW_E2M1, TILE, SUB)
-            better = error < least
-            best = tl.where(better, code, best)
-            least = tl.where(better, error, least)
-    elif RULE == "4over6":
-        six = tl.minimum(tl.maximum(base, MIN), MAX)
-        four = tl.minimum(tl.maximum(_encode_e4m3(amax * 0.25), MIN), MAX)
-        error_six = _error(y, six, unit, IS_NVFP4, HW_E2M1, TILE, SUB)
-        error_four = _error(y, four, unit, IS_NVFP4, HW_E2M1, TILE, SUB)
-        best = tl.where(error_four < error_six, four, six)
-    else:
-        best = tl.minimum(tl.maximum(base + OFFSETS[0], MIN), MAX)
-        if len(OFFSETS) > 1:
-            least = _error(y, best, unit, IS_NVFP4, HW_E2M1, TILE, SUB)
-            for i in tl.static_range(1, len(OFFSETS)):
-                code = tl.minimum(tl.maximum(base + OFFSETS[i], MIN), MAX)
-                error = _error(y, code, unit, IS_NVFP4, HW_E2M1, TILE, SUB)
-                better = error < least
-                best = tl.where(better, code, best)
-                least = tl.where(better, error, least)
-    return best
-
-
-@triton.jit
-def _winners(
-    x, reciprocal, BOUNDED: tl.constexpr, RULE: tl.constexpr, OFFSETS: tl.constexpr, IS_NVFP4: tl.constexpr,
-    HW_E2M1: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
-):  # fmt: skip
-    """The search of the blocks x (TILE, 8, SUB) fp32, from values to the scales that win.
-
-    reciprocal: of NVFP4's tensor scale. BOUNDED: that scale does not come from x, which may then exceed it
-    by any factor. Returns magnitudes y as `_search` takes them, MXFP4's unit, the winning scale codes
-    (TILE,) int32, and which blocks hold finite values only, (TILE,) bool.
-    """
-    magnitude_bits = _bits(x) & _MAGNITUDE
-    y = _from_bits(magnitude_bits)
-    amax_bits = tl.max(tl.max(magnitude_bits, 2), 1)
-    finite = amax_bits < _EXPONENT
-    amax = _from_bits(amax_bits)
-    if IS_NVFP4:
-        y *= reciprocal
-        amax *= reciprocal
-        if BOUNDED:
-            # 2**40: as in search.py, so that errors stay finite under any scale. (Codes of amax
-            # end far below.)
-            y = tl.minimum(y, 1099511627776.0)
-        base = _encode_e4m3(amax * _SIXTH)
-        unit = base
-    else:
-        base = tl.where(amax > 0, _floor_log2(amax) + 125, 0)
-        unit = tl.minimum(tl.maximum(base, 0), 252)
-        y = y * _power_of_two(127 - unit)[:, None, None]
-    best = _search(y, amax, base, unit, RULE, OFFSETS, IS_NVFP4, HW_E2M1, TILE, SUB)
-    return y, unit, best, finite
-
-
-@triton.jit
-def _packed_words(
-    y, sign, scale_reciprocal, finite, HW_E2M1: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr
-):
-    """E2M1 codes of the blocks y under the scales that won, eight an int32: (TILE, SUB).
-
-    sign: fp32 sign bits of the values, (TILE, 8, SUB) int32.
-    """
-    if HW_E2M1:
-        t = _from_bits(_bits(y * scale_reciprocal[:, None, None]) | sign)
-        low, high = tl.split(tl.permute(tl.reshape(t, (TILE, 4, 2, SUB)), (0, 1, 3, 2)))
-        parts = _encode_pair_hw(low, high) << (tl.arange(0, 4) * 8)[None, :, None]
-    else:
-        # 1 becomes fp32's smallest normal, 2**-126: then the codes are the leading bits.
-        q = _round(y, scale_reciprocal, HW_E2M1)
-        code = (_bits(q * 4.930380657631324e-32) >> 22) | ((sign >> 28) & 8)
-        parts = code << (tl.arange(0, 8) * 4)[None, :, None]
-    return tl.where(finite[:, None], tl.sum(parts, 1), 0)
-
-
-@triton.jit
-def _tensor_scale_of_bits(amax_bits):
-    """As `tensor_scale_of`, of the bits of finite magnitudes."""
-    tensor_scale = tl.maximum(_from_bits(amax_bits) * _TENSOR_SCALE, _SMALLEST_TENSOR_SCALE)
-    return tl.where(amax_bits > 0, tensor_scale, 1.0)
-
-
 # --- what is quantized ---------------------------------------------------------------------------
 
 
 @triton.jit
 def _norm_input(x_ptr, addend_ptr, columns, mask):
     """fp32 x, plus the residual stream where there is one."""
-    x = _widen(tl.load(x_ptr + columns, mask=mask, other=0.0))
+    x = widen(tl.load(x_ptr + columns, mask=mask, other=0.0))
     if addend_ptr is not None:
-        x += _widen(tl.load(addend_ptr + columns, mask=mask, other=0.0))
+        x += widen(tl.load(addend_ptr + columns, mask=mask, other=0.0))
     return x
 
 
@@ -361,23 +67,18 @@ def _load(x_ptr, addend_ptr, weight_ptr, inverse_rms, width, columns, mask, SOUR
     """The values to quantize at `columns` of a row, rounded to x's dtype, in fp32."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     if SOURCE == "silu_mul":
-        gate = _widen(tl.load(x_ptr + columns, mask=mask, other=0.0))
-        up = _widen(tl.load(x_ptr + width + columns, mask=mask, other=0.0))
-        silu = _widen(_narrow(gate / (1.0 + tl.exp(-gate)), DTYPE))
-        return _widen(_narrow(silu * up, DTYPE))
+        gate = widen(tl.load(x_ptr + columns, mask=mask, other=0.0))
+        up = widen(tl.load(x_ptr + width + columns, mask=mask, other=0.0))
+        silu = widen(narrow(gate / (1.0 + tl.exp(-gate)), DTYPE))
+        return widen(narrow(silu * up, DTYPE))
     elif SOURCE == "rms_norm":
         WEIGHT: tl.constexpr = weight_ptr.dtype.element_ty
-        weight = _widen(tl.load(weight_ptr + columns, mask=mask, other=0.0))
+        weight = widen(tl.load(weight_ptr + columns, mask=mask, other=0.0))
         x = _norm_input(x_ptr, addend_ptr, columns, mask) * inverse_rms
-        x = _widen(_narrow(_widen(_narrow(x, WEIGHT)) * weight, WEIGHT))
-        return _widen(_narrow(x, DTYPE))
+        x = widen(narrow(widen(narrow(x, WEIGHT)) * weight, WEIGHT))
+        return widen(narrow(x, DTYPE))
     else:
-        return _widen(tl.load(x_ptr + columns, mask=mask, other=0.0))
-
-
-# A tile is (TILE, 8, SUB), and value i of its block b is [b, i % 8, i // 8]: joined from loads of
-# (TILE, 8), since the 8 values of such a row lie in one thread, and then so does the block. (Loads of
-# more dimensions are spread over threads in ways that change between versions of Triton.)
+        return widen(tl.load(x_ptr + columns, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -397,18 +98,10 @@ def _load_tile(
 
 
 @triton.jit
-def _store_tile(ptr, x, columns, mask, TILE: tl.constexpr, SUB: tl.constexpr):
-    """Undo `_load_tile`'s order: x (TILE, 8, SUB) to memory."""
-    if SUB == 4:
-        even, odd = tl.split(tl.reshape(x, (TILE, 8, 2, 2)))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        tl.store(ptr + columns + 16, c, mask=mask)
-        tl.store(ptr + columns + 24, d, mask=mask)
-    else:
-        a, b = tl.split(x)
-    tl.store(ptr + columns, a, mask=mask)
-    tl.store(ptr + columns + 8, b, mask=mask)
+def _tensor_scale_of_bits(amax_bits):
+    """As `tensor_scale_of`, of the bits of finite magnitudes."""
+    tensor_scale = tl.maximum(from_bits(amax_bits) * _TENSOR_SCALE, _SMALLEST_TENSOR_SCALE)
+    return tl.where(amax_bits > 0, tensor_scale, 1.0)
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -421,8 +114,8 @@ def _amax_kernel(x_ptr, x_stride, amax_bits_ptr, width, WIDE: tl.constexpr):
     amax = tl.zeros((WIDE,), tl.int32)
     for start in range(0, width, WIDE):
         columns = start + tl.arange(0, WIDE)
-        x = _widen(tl.load(x_ptr + columns, mask=columns < width, other=0.0))
-        amax = tl.maximum(amax, _finite_magnitude_bits(x))
+        x = widen(tl.load(x_ptr + columns, mask=columns < width, other=0.0))
+        amax = tl.maximum(amax, finite_magnitude_bits(x))
     tl.atomic_max(amax_bits_ptr, tl.max(amax, 0))
 
 
@@ -478,13 +171,13 @@ def _quantize_kernel(
         tensor_scale = tl.load(tensor_scale_ptr + row)
     if SCALE == "computed":
         if SINGLE:
-            row_amax = tl.max(tl.max(tl.max(_finite_magnitude_bits(x_single), 2), 1), 0)
+            row_amax = tl.max(tl.max(tl.max(finite_magnitude_bits(x_single), 2), 1), 0)
         else:
             wide_amax = tl.zeros((WIDE,), tl.int32)
             for start in range(0, width, WIDE):
                 columns = start + tl.arange(0, WIDE)
                 x = _load(x_ptr, addend_ptr, weight_ptr, inverse_rms, width, columns, columns < width, SOURCE)
-                wide_amax = tl.maximum(wide_amax, _finite_magnitude_bits(x))
+                wide_amax = tl.maximum(wide_amax, finite_magnitude_bits(x))
             row_amax = tl.max(wide_amax, 0)
         tensor_scale = _tensor_scale_of_bits(row_amax)
         if row_scale_ptr is not None:
@@ -492,10 +185,10 @@ def _quantize_kernel(
     reciprocal = tl.div_rn(1.0, tensor_scale)
     if values_ptr is not None:
         # As `BlockFormat.fold_exponent`; MXFP4's is a constant, given as both ends of the range.
-        fold = ((_bits(tensor_scale) >> 23) & 0xFF) - 127
+        fold = ((bits_of(tensor_scale) >> 23) & 0xFF) - 127
         fold = tl.minimum(tl.maximum(fold, FOLD_LOW), FOLD_HIGH)
-        fold_power = _power_of_two(fold)
-        tl.store(residual_ptr + row, tensor_scale * _power_of_two(-fold), mask=part == 0)
+        fold_power = power_of_two(fold)
+        tl.store(residual_ptr + row, tensor_scale * power_of_two(-fold), mask=part == 0)
 
     first, last = 0, 1
     if not SINGLE:
@@ -511,20 +204,20 @@ def _quantize_kernel(
         else:
             x = _load_tile(x_ptr, addend_ptr, weight_ptr, inverse_rms, width, columns, mask, SOURCE, TILE, SUB)
         if activation_ptr is not None:
-            _store_tile(activation_ptr + row * width, _narrow_exact(x, DTYPE), columns, mask, TILE, SUB)
+            store_tile(activation_ptr + row * width, narrow_exact(x, DTYPE), columns, mask, TILE, SUB)
         if sum_ptr is not None:
             for eight in tl.static_range(SUB):
                 z = _norm_input(x_ptr, addend_ptr, columns + eight * 8, mask)
-                tl.store(sum_ptr + row * width + columns + eight * 8, _narrow(z, DTYPE), mask=mask)
+                tl.store(sum_ptr + row * width + columns + eight * 8, narrow(z, DTYPE), mask=mask)
 
-        y, unit, best, finite = _winners(
+        y, unit, best, finite = winners(
             x, reciprocal, SCALE != "computed", RULE, OFFSETS, IS_NVFP4, HW_E2M1, TILE, SUB
         )
-        scale, scale_reciprocal = _scale_pair(best, unit, IS_NVFP4)
+        scale, scale_reciprocal = scale_pair(best, unit, IS_NVFP4)
 
-        sign = _bits(x) & _SIGN
+        sign = bits_of(x) & SIGN
         if packed_ptr is not None:
-            words = _packed_words(y, sign, scale_reciprocal, finite, HW_E2M1, TILE, SUB)
+            words = packed_words(y, sign, scale_reciprocal, finite, HW_E2M1, TILE, SUB)
             at = (row * blocks + block)[:, None] * SUB + tl.arange(0, SUB)[None, :]
             tl.store(packed_ptr + at, words, mask=mask)
             code = tl.where(finite, best, 0x7F if IS_NVFP4 else 0xFF)
@@ -535,15 +228,12 @@ def _quantize_kernel(
                 at = row * blocks + block
             tl.store(scales_ptr + at, code.to(tl.uint8), mask=inside)
         if values_ptr is not None:
-            q = _round(y, scale_reciprocal, HW_E2M1) * _element_unit(HW_E2M1)
+            q = elements(y, scale_reciprocal, HW_E2M1) * element_unit(HW_E2M1)
             if not IS_NVFP4:
-                scale = tl.where(best > 0, _from_bits(best << 23), 5.877471754111438e-39)  # 2**-127
+                scale = tl.where(best > 0, from_bits(best << 23), 5.877471754111438e-39)  # 2**-127
             scale = tl.where(finite, scale * fold_power, float("nan"))
-            signed = _from_bits(_bits(q * scale[:, None, None]) | sign)
-            _store_tile(values_ptr + row * width, _narrow_exact(signed, DTYPE), columns, mask, TILE, SUB)
-
-
-_INTERPRETED = not isinstance(_quantize_kernel, triton.JITFunction)
+            signed = from_bits(bits_of(q * scale[:, None, None]) | sign)
+            store_tile(values_ptr + row * width, narrow_exact(signed, DTYPE), columns, mask, TILE, SUB)
 
 
 # --- launching -----------------------------------------------------------------------------------
@@ -568,33 +258,18 @@ class Quantized:
     stream: torch.Tensor | None = None
 
 
-def _rule(fmt: BlockFormat, policy: ScalePolicy | str) -> tuple[str, tuple[int, ...]]:
-    """The candidates as the kernel takes them: ``offsets`` and which, ``4over6`` or ``full``."""
-    policy = ScalePolicy.of(policy)
-    policy.check_format(fmt)
-    if policy.metric != "mse":
-        raise ValueError(f"the Triton quantizer minimises 'mse', not {policy.metric!r}")
-    offsets = policy.offsets(fmt)
-    return (policy.rule, ()) if offsets is None else ("offsets", offsets)
-
-
 def _check_input(x: torch.Tensor, what: str) -> None:
     if x.dtype not in _FOLD_RANGE:
         raise ValueError(f"{what}: expected bf16, fp16 or fp32, got {x.dtype}")
     if x.dim() != 2:
         raise ValueError(f"{what}: expected two dimensions, got shape {tuple(x.shape)}")
-    if not (x.is_cuda or _INTERPRETED):
+    if not (x.is_cuda or INTERPRETED):
         raise ValueError(f"{what}: on {x.device} this runs only in Triton's interpreter (TRITON_INTERPRET=1)")
 
 
 def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if its rows are contiguous, or else its copy; rows may be any distance apart."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _has_e2m1(device: torch.device) -> bool:
-    """Whether the GPU converts to E2M1: PTX ISA, cvt, compute capability 10.0 and newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def constants(
@@ -613,7 +288,7 @@ def constants(
         warps = _LOOP_WARPS
     tile = 32 * warps
     fold = _FOLD_RANGE[dtype] if fmt.has_tensor_scale else ((-1 if dtype == torch.float16 else 0),) * 2
-    rule, offsets = _rule(fmt, policy)
+    rule, offsets = rule_of(fmt, policy)
     compiled = dict(
         BLOCK=fmt.block_size,
         TILE=tile,
@@ -714,7 +389,7 @@ def run(
         stream = x.new_empty(rows, width)
 
     if rows and width:
-        hw_e2m1 = _has_e2m1(x.device)
+        hw_e2m1 = has_e2m1(x.device)
         compiled, warps, tiles = constants(
             fmt, policy, x.dtype, width, source=source, scale=scale, swizzled=swizzled, hw_e2m1=hw_e2m1
         )
@@ -726,7 +401,7 @@ def run(
             width, each, **compiled, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     else:
-        _rule(fmt, policy)
+        rule_of(fmt, policy)
     if packed:
         scales = scales.view(fmt.scale_dtype)
         if tensor_scale is None:
