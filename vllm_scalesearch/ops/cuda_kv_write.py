@@ -17,7 +17,7 @@ from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES, table_bytes
 from vllm_scalesearch.ops.step import Step
-from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_cache, check_queries, check_tokens
+from vllm_scalesearch.ops.triton_kv_write import check_cache, check_queries, check_tokens, checked_matrix
 from vllm_scalesearch.search import ScalePolicy
 
 _PARTS = 3
@@ -170,7 +170,7 @@ def write(
     heads, dim, tokens = pages.shape[1], layout.head_size, len(step.slots)
     check_tokens(k, v, tokens, heads, dim, full.dtype)
     for each in (k_matrix, q_matrix):
-        _checked_matrix(each, heads, dim)
+        checked_matrix(each, heads, dim)
     if pages.stride(0) % 4 or full.stride(0) % 8 or full.stride(1) % 8 or full.data_ptr() % 16:
         raise ValueError(f"KV cache: 16-bit pages must lie at multiples of 16 bytes, strides {full.stride()}")
     if not tokens:

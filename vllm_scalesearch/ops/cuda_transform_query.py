@@ -13,7 +13,7 @@ from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.ops.cuda_kv_write import group_of, multiprocessors, plan, row_bytes, split
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES
-from vllm_scalesearch.ops.triton_kv_write import _checked_matrix, check_queries
+from vllm_scalesearch.ops.triton_kv_write import check_queries, checked_matrix
 from vllm_scalesearch.search import ScalePolicy
 
 
@@ -55,7 +55,7 @@ def transform_query(
     tokens, query_heads, dim = q.shape
     heads = query_heads if q_matrix is None else q_matrix.shape[0]
     group = group_of(query_heads, heads)
-    _checked_matrix(q_matrix, heads, dim)
+    checked_matrix(q_matrix, heads, dim)
     if q.stride(0) % 8 or q.stride(1) % 8 or q.data_ptr() % 16:
         q = q.contiguous()
     transformed = q if q_matrix is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -98,7 +98,7 @@ def _e4m3(code):
 
 
 @triton.jit
-def _decode(codes, scales, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def decode(codes, scales, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     """Codes times block scales in fp16, exactly: (ROWS, 16 * BLOCKS)."""
     elements = tl.join(_e2m1(codes & 15), _e2m1(codes >> 4)).reshape(ROWS, BLOCKS, 16)
     return (elements * _e4m3(scales)[:, :, None]).reshape(ROWS, BLOCKS * 16)
@@ -136,8 +136,8 @@ def _fp4_product_kernel(
             weight_scales = weight_scales.to(tl.float8e4nv, bitcast=True)
             acc = tl.dot_scaled(x, x_scales, "e2m1", tl.trans(weight), weight_scales, "e2m1", acc)
         else:
-            decoded = _decode(weight, weight_scales, BLOCK_N, BLOCK_K // 16)
-            acc = tl.dot(_decode(x, x_scales, BLOCK_M, BLOCK_K // 16), tl.trans(decoded), acc)
+            decoded = decode(weight, weight_scales, BLOCK_N, BLOCK_K // 16)
+            acc = tl.dot(decode(x, x_scales, BLOCK_M, BLOCK_K // 16), tl.trans(decoded), acc)
 
     row_scale = tl.load(row_scale_ptr + m, mask=m_mask, other=0.0)
     # The weight's scale first: what comes of it is at most K * 2688 times the weight's largest value, while

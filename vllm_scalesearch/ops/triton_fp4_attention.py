@@ -25,7 +25,7 @@ import triton.language as tl
 
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops.fp4_product import FP4_CAPABILITIES, _decode
+from vllm_scalesearch.ops.fp4_product import FP4_CAPABILITIES, decode
 from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.ops.triton_blocks import (
     SIGN,
@@ -39,23 +39,24 @@ from vllm_scalesearch.ops.triton_blocks import (
     widen,
     winners,
 )
-from vllm_scalesearch.ops.triton_kv_write import (
-    _request_of_block,
-    _rule_constants,
-    check_cache,
-    check_queries,
-    page_constants,
+from vllm_scalesearch.ops.triton_kv_write import check_cache, check_queries, page_constants, rule_constants
+from vllm_scalesearch.ops.triton_pages import (
+    block_of_program,
+    boundary_of,
+    dot,
+    full_rows,
+    rounded,
 )
-from vllm_scalesearch.ops.triton_paged_attention import (
-    _P_LEVELS,
-    _boundary,
-    _capability,
-    _dot,
-    _full_rows,
-    _levels,
-    _rounded,
-    _scaled,
-    _softmax_step,
+from vllm_scalesearch.ops.triton_softmax import (
+    P_UNITS,
+    capability_of,
+    levels,
+    pure_tiles,
+    rows_of_block,
+    scaled,
+    softmax_step,
+    visible_and_stored,
+    window_of_block,
 )
 
 # Values that one MMA sums over: head_dim is filled up to it, and a tile of tokens has as many at least.
@@ -84,7 +85,7 @@ def _product(
         accumulator = tl.full((M, N), zero, tl.float32)
         return tl.dot_scaled(a, a_scales, "e2m1", tl.trans(b), b_scales, "e2m1", accumulator)
     else:
-        return _dot(_decode(a, a_scales, M, K // 16), tl.trans(_decode(b, b_scales, N, K // 16)))
+        return dot(decode(a, a_scales, M, K // 16), tl.trans(decode(b, b_scales, N, K // 16)))
 
 
 @triton.jit
@@ -208,13 +209,13 @@ def _plus_stored(
 ):  # fmt: skip
     """`output` plus P (ROWS, TILE), quantized, times stored values, and the total plus P.
 
-    At two levels, products are in units of _P_LEVELS.
+    At two levels, products are in units of P_UNITS.
     """
     if TWO_LEVELS:
-        up, down = _levels(maximum, stored_maximum)
+        up, down = levels(maximum, stored_maximum)
         codes, scales, sums = _packed(p * up[:, None], False, P_RULE, P_OFFSETS, ROWS, TILE, HW_E2M1)
         product = _product(codes, scales, v, v_scales, zero, ROWS, WIDE, TILE, FP4_UNITS)
-        return output + product * down[:, None], total + sums * down * (1.0 / _P_LEVELS)
+        return output + product * down[:, None], total + sums * down * (1.0 / P_UNITS)
     else:
         codes, scales, sums = _packed(p, False, P_RULE, P_OFFSETS, ROWS, TILE, HW_E2M1)
         return output + _product(codes, scales, v, v_scales, zero, ROWS, WIDE, TILE, FP4_UNITS), total + sums
@@ -248,44 +249,30 @@ def _fp4_attention_kernel(
     """Program (i, head): QUERIES queries of a request and KV head, over all of its keys.
 
     ROWS >= QUERIES * GROUP. WIDE: D rounded up to a power of two. WINDOW: 0 for none. unit: what the output
-    is summed up in units of, V's tensor scale over _P_LEVELS at two levels. OPAQUE_ZERO: sums start from a zero
+    is summed up in units of, V's tensor scale over P_UNITS at two levels. OPAQUE_ZERO: sums start from a zero
     that the compiler cannot tell to be one (`_NEEDS_OPAQUE_ZERO`).
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    request = _request_of_block(query_start_loc_ptr, tl.program_id(0), requests, QUERIES)
-    start = tl.load(query_start_loc_ptr + request)
-    queries = tl.load(query_start_loc_ptr + request + 1) - start
-    first_query = (tl.program_id(0) - (start // QUERIES + request)) * QUERIES
+    request, start, queries, first_query = block_of_program(query_start_loc_ptr, requests, QUERIES)
     if first_query >= queries:
         return
     length = tl.load(seq_lens_ptr + request)
     context = length - queries
     head = tl.program_id(1).to(tl.int64)
 
-    row = tl.arange(0, ROWS)
-    query = first_query + row // GROUP
-    valid = (row < QUERIES * GROUP) & (query < queries)
-    first_position = context + first_query
-    last_position = tl.minimum(first_position + QUERIES, length) - 1
-    position = tl.minimum(context + query, last_position)
-    boundary = _boundary(position, context, RECENT, True, OWN_CHUNK)
-    first_boundary = _boundary(first_position, context, RECENT, True, OWN_CHUNK)
-    last_boundary = _boundary(last_position, context, RECENT, True, OWN_CHUNK)
-    # Tokens in [low, last_position] are seen by some row, those from `seen_by_all` on by each that is not
-    # before them.
-    low = 0
-    seen_by_all = 0
-    if WINDOW > 0:
-        low = tl.maximum(first_position + 1 - WINDOW, 0)
-        seen_by_all = tl.maximum(last_position + 1 - WINDOW, 0)
+    query, valid, position, first_position, last_position = rows_of_block(
+        first_query, queries, context, length, GROUP, ROWS, QUERIES
+    )
+    boundary = boundary_of(position, context, RECENT, True, OWN_CHUNK)
+    first_boundary = boundary_of(first_position, context, RECENT, True, OWN_CHUNK)
+    last_boundary = boundary_of(last_position, context, RECENT, True, OWN_CHUNK)
+    low, seen_by_all = window_of_block(first_position, last_position, WINDOW)
     first = low // TILE
     last = tl.cdiv(last_position + 1, TILE)
-    # Tiles in [pure_first, pure_last) are stored for all rows, to the last token.
-    pure_first = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(seen_by_all, SINK), TILE), first), last)
-    pure_last = tl.minimum(tl.maximum(first_boundary // TILE, pure_first), last)
+    pure_first, pure_last = pure_tiles(first, last, seen_by_all, first_boundary, SINK, TILE)
 
     token_row = (start + query).to(tl.int64)
-    query_head = head * GROUP + row % GROUP
+    query_head = head * GROUP + tl.arange(0, ROWS) % GROUP
     q_rows = token_row * q_stride + query_head * q_head_stride
     q, q_scales, _ = _packed(
         widen(_queries(q_ptr, q_rows, valid, D, WIDE)), True, Q_RULE, Q_OFFSETS, ROWS, WIDE, HW_E2M1
@@ -314,31 +301,28 @@ def _fp4_attention_kernel(
             top = tl.minimum(tile * TILE + TILE, last_position + 1)
             stored_bottom = tl.maximum(bottom, SINK)
             stored_top = tl.minimum(top, last_boundary)
-            visible = token[None, :] <= position[:, None]
-            if WINDOW > 0:
-                visible &= token[None, :] > position[:, None] - WINDOW
-            stored = (token >= SINK)[None, :] & (token[None, :] < boundary[:, None])
+            visible, stored = visible_and_stored(token, position, boundary, SINK, WINDOW)
             # First the tokens in full precision, so that P of the stored ones is relative to the maximum of
             # the whole tile. Their queries are read anew: these tiles are few, and registers too.
             if (bottom < tl.minimum(top, SINK)) | (tl.maximum(bottom, first_boundary) < top):
                 keep = (token >= bottom) & (token < top) & ((token < SINK) | (token >= first_boundary))
-                k = _full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
-                scores = _dot(_queries(q_ptr, q_rows, valid, D, WIDE), tl.trans(k))
-                scores = _scaled(scores, score_scale, cap, SOFT_CAP)
+                k = full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+                scores = dot(_queries(q_ptr, q_rows, valid, D, WIDE), tl.trans(k))
+                scores = scaled(scores, score_scale, cap, SOFT_CAP)
                 scores = tl.where(stored | (visible == 0), float("-inf"), scores)
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output, True)
-                v = _full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
-                output += _dot(_rounded(p, DTYPE), v) * (1.0 / unit)
+                p, maximum, total, output = softmax_step(scores, maximum, total, output, True)
+                v = full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+                output += dot(rounded(p, DTYPE), v) * (1.0 / unit)
             if stored_bottom < stored_top:
                 keep = (token >= stored_bottom) & (token < stored_top)
                 k, k_scales = _stored_keys(
                     pages_ptr, table_ptr, token, keep, page_words, K_SCALES, D, WIDE, PAGE, TILE, True
                 )
                 scores = _product(q, q_scales, k, k_scales, zero, ROWS, TILE, WIDE, FP4_UNITS)
-                scores = _scaled(scores, score_scale, cap, SOFT_CAP)
+                scores = scaled(scores, score_scale, cap, SOFT_CAP)
                 scores = tl.where(stored & visible, scores, float("-inf"))
                 stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output, False)
+                p, maximum, total, output = softmax_step(scores, maximum, total, output, False)
                 v, v_scales = _stored_values(
                     pages_ptr, table_ptr, tile * TILE, stored_bottom, stored_top, page_words, V_CODES, V_SCALES,
                     D, WIDE, PAGE, TILE, True,
@@ -353,9 +337,9 @@ def _fp4_attention_kernel(
                 False,
             )  # fmt: skip
             scores = _product(q, q_scales, k, k_scales, zero, ROWS, TILE, WIDE, FP4_UNITS)
-            scores = _scaled(scores, score_scale, cap, SOFT_CAP)
+            scores = scaled(scores, score_scale, cap, SOFT_CAP)
             stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
-            p, maximum, total, output = _softmax_step(scores, maximum, total, output, False)
+            p, maximum, total, output = softmax_step(scores, maximum, total, output, False)
             v, v_scales = _stored_values(
                 pages_ptr, table_ptr, tile * TILE, 0, 0, page_words, V_CODES, V_SCALES, D, WIDE, PAGE, TILE,
                 False,
@@ -412,7 +396,7 @@ def attention(
     if not tokens or not requests:
         return
     constants, launch = attention_constants(
-        layout, full.shape[2], options, group, step.max_query_len, _capability(q.device)
+        layout, full.shape[2], options, group, step.max_query_len, capability_of(q.device)
     )
     score_scale, cap = options.exp2_scales(dim)
     _fp4_attention_kernel[(tokens // constants["QUERIES"] + requests, heads)](
@@ -467,8 +451,8 @@ def attention_constants(
         WINDOW=options.sliding_window or 0,
         OWN_CHUNK=options.own_chunk,
         SOFT_CAP=options.logits_soft_cap is not None,
-        **_rule_constants("Q_", options.q),
-        **_rule_constants("P_", options.p),
+        **rule_constants("Q_", options.q),
+        **rule_constants("P_", options.p),
         TWO_LEVELS=options.two_level_p,
         HW_E2M1=capability[0] >= 10,
         FP4_UNITS=fp4_units,

@@ -17,13 +17,14 @@ from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.step import Step
 from vllm_scalesearch.ops.triton_blocks import widen
-from vllm_scalesearch.ops.triton_kv_write import _request_of_block, check_cache, page_constants
-from vllm_scalesearch.ops.triton_paged_attention import (
-    _STORED_UNIT,
-    _boundary,
-    _full_rows,
-    _rounded,
-    _stored_tile,
+from vllm_scalesearch.ops.triton_kv_write import check_cache, page_constants
+from vllm_scalesearch.ops.triton_pages import (
+    STORED_UNIT,
+    block_of_program,
+    boundary_of,
+    full_rows,
+    rounded,
+    stored_tile,
 )
 
 # Tokens of a program: a power of two, of whole tiles of V along tokens.
@@ -50,16 +51,13 @@ def _gather_kernel(
     unit: what a stored value is its operand times.
     """
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
-    request = _request_of_block(k_start_loc_ptr, tl.program_id(0), requests, TILE)
-    start = tl.load(k_start_loc_ptr + request)
-    length = tl.load(k_start_loc_ptr + request + 1) - start
-    bottom = (tl.program_id(0) - (start // TILE + request)) * TILE
+    request, start, length, bottom = block_of_program(k_start_loc_ptr, requests, TILE)
     if bottom >= length:
         return
     queries = tl.load(query_start_loc_ptr + request + 1) - tl.load(query_start_loc_ptr + request)
     context = length - queries
     head = tl.program_id(1).to(tl.int64)
-    boundary = _boundary(context, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
+    boundary = boundary_of(context, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
     # Tokens in [low, top) are seen by some query, those of them in [stored_low, stored_top) as stored.
     low = bottom
     if WINDOW > 0:
@@ -82,12 +80,12 @@ def _gather_kernel(
     v_at = v_ptr + (row * v_stride)[:, None] + column[None, :]
     inside = (column < D)[None, :]
     if (stored_low == bottom) & (stored_top == bottom + TILE):
-        k, v = _stored_tile(
+        k, v = stored_tile(
             codes_ptr, scales_ptr, table_ptr, bottom, 0, 0, page_words, K_SCALES, V_CODES, V_SCALES,
             V_ALONG_TOKENS, D, WIDE, PAGE, TILE, False, DTYPE,
         )  # fmt: skip
-        k = _rounded(widen(k) * _STORED_UNIT, DTYPE)
-        v = _rounded(widen(v) * unit, DTYPE)
+        k = rounded(widen(k) * STORED_UNIT, DTYPE)
+        v = rounded(widen(v) * unit, DTYPE)
         if D == WIDE:
             tl.store(k_at, k)
             tl.store(v_at, v)
@@ -99,18 +97,18 @@ def _gather_kernel(
         stored = (token >= stored_low) & (token < stored_top)
         keep = (token >= low) & (token < top) & (stored == 0)
         mask = ((token < length) & (stored == 0))[:, None] & inside
-        k = _full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
-        v = _full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+        k = full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+        v = full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
         tl.store(k_at, k, mask=mask)
         tl.store(v_at, v, mask=mask)
         if stored_low < stored_top:
-            k, v = _stored_tile(
+            k, v = stored_tile(
                 codes_ptr, scales_ptr, table_ptr, bottom, stored_low, stored_top, page_words, K_SCALES,
                 V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, True, DTYPE,
             )  # fmt: skip
             mask = stored[:, None] & inside
-            tl.store(k_at, _rounded(widen(k) * _STORED_UNIT, DTYPE), mask=mask)
-            tl.store(v_at, _rounded(widen(v) * unit, DTYPE), mask=mask)
+            tl.store(k_at, rounded(widen(k) * STORED_UNIT, DTYPE), mask=mask)
+            tl.store(v_at, rounded(widen(v) * unit, DTYPE), mask=mask)
 
 
 def gather(
@@ -169,7 +167,7 @@ def gather(
     _gather_kernel[(max_tokens // _TILE + requests, heads)](
         pages, full, k_out, v_out, k_start_loc, step.query_start_loc, step.block_table, step.full_block_table,
         requests, step.block_table.stride(0), step.full_block_table.stride(0),
-        float(options.v_scale) * _STORED_UNIT.value,
+        float(options.v_scale) * STORED_UNIT.value,
         k_out.stride(0), k_out.stride(1), v_out.stride(0), v_out.stride(1),
         pages.stride(0) // 4, pages.stride(1) // 4, full.stride(0), full.stride(1),
         **constants, num_warps=gather_warps(constants["WIDE"]),

@@ -38,6 +38,7 @@ from vllm_scalesearch.ops.triton_blocks import (
     widen,
     winners,
 )
+from vllm_scalesearch.ops.triton_pages import request_of_block
 from vllm_scalesearch.search import ScalePolicy
 
 # fp32's sign, exponent and the first 10 bits of its mantissa: what TF32 keeps.
@@ -50,24 +51,6 @@ _MANY_ROWS = 1024
 
 
 # --- parts ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _request_of_block(query_start_loc_ptr, block, requests, SIZE: tl.constexpr):
-    """The request that a block of up to SIZE queries belongs to.
-
-    Request r has the blocks from ``query_start_loc[r] // SIZE + r`` on, which are as many as it can need or
-    one more; so all requests have at most ``tokens // SIZE + requests``, whatever their lengths are.
-    """
-    low = 0
-    high = requests
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc_ptr + middle) // SIZE + middle <= block:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
 
 
 @triton.jit
@@ -195,7 +178,7 @@ def _write_tiles_kernel(
 ):  # fmt: skip
     """Program (i, head) packs at most one tile of V along tokens of one KV head: 16 tokens, all channels."""
     head = tl.program_id(1).to(tl.int64)
-    request = _request_of_block(query_start_loc_ptr, tl.program_id(0), requests, 16)
+    request = request_of_block(query_start_loc_ptr, tl.program_id(0), requests, 16)
     start = tl.load(query_start_loc_ptr + request)
     length = tl.load(seq_lens_ptr + request)
     context = length - (tl.load(query_start_loc_ptr + request + 1) - start)
@@ -294,7 +277,7 @@ def transform_and_write(
     for name, x in (("k", k), ("v", v)):
         if x.stride(2) != 1:
             raise ValueError(f"KV cache: {name}'s last dimension must be contiguous, strides {x.stride()}")
-    matrix = _checked_matrix(k_matrix, heads, dim)
+    matrix = checked_matrix(k_matrix, heads, dim)
     if not tokens:
         return
     constants = write_constants(layout, full.shape[2], options, tokens, has_e2m1(pages.device))
@@ -332,7 +315,7 @@ def transform_query(
     if q.shape[1] % heads:
         raise ValueError(f"{q.shape[1]} query heads cannot share {heads} KV heads")
     group, dim = q.shape[1] // heads, q.shape[2]
-    matrix = _checked_matrix(q_matrix, heads, dim)
+    matrix = checked_matrix(q_matrix, heads, dim)
     transformed = q if matrix is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stored = transformed if options.q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
@@ -402,7 +385,8 @@ def _check_device(x: torch.Tensor) -> None:
         raise ValueError(f"on {x.device} this runs only in Triton's interpreter (TRITON_INTERPRET=1)")
 
 
-def _checked_matrix(matrix: torch.Tensor | None, heads: int, dim: int) -> torch.Tensor | None:
+def checked_matrix(matrix: torch.Tensor | None, heads: int, dim: int) -> torch.Tensor | None:
+    """The matrix (heads, dim, dim) fp32, contiguous, or None. Raises ValueError for other shapes and dtypes."""
     if matrix is None:
         return None
     if matrix.shape != (heads, dim, dim) or matrix.dtype != torch.float32:
@@ -427,7 +411,8 @@ def warps(values: int) -> int:
     return 8 if values > 2048 else 4
 
 
-def _rule_constants(prefix: str, policy: ScalePolicy | str | None) -> dict:
+def rule_constants(prefix: str, policy: ScalePolicy | str | None) -> dict:
+    """RULE and OFFSETS of an operand's policy (`rule_of`), under names with that prefix."""
     rule, offsets = ("offsets", (0,)) if policy is None else rule_of(NVFP4, policy)
     return {f"{prefix}RULE": rule, f"{prefix}OFFSETS": offsets}
 
@@ -452,8 +437,8 @@ def write_constants(
     return dict(
         **_sizes(layout.head_size),
         **page_constants(layout, full_page),
-        **_rule_constants("K_", options.k),
-        **_rule_constants("V_", options.v),
+        **rule_constants("K_", options.k),
+        **rule_constants("V_", options.v),
         TOKENS=_rows(tokens, layout.head_size),
         HW_E2M1=hw_e2m1,
     )
@@ -472,7 +457,7 @@ def query_constants(group: int, dim: int, options: AttentionOptions, tokens: int
     return dict(
         GROUP=group,
         **_sizes(dim),
-        **_rule_constants("", options.q),
+        **rule_constants("", options.q),
         ROWS=_rows(tokens * group, dim),
         HW_E2M1=hw_e2m1,
     )

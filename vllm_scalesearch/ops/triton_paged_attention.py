@@ -7,9 +7,9 @@ walks over the request's keys in tiles, with an online softmax. The tiles of a r
   What of them is stored comes from the packed pages, the rest from the 16-bit ones, under masks;
 * between these, tiles that every row sees as stored, to the last token: packed pages only, no masks.
 
-Stored keys and values are decoded in registers to 16 bits, ``E2M1 * E4M3 * 2**-8``, which is exact in bf16 and
-fp16. V's tensor scale and that power of two are applied to the sum at the end. What P loses on the way to a
-16-bit operand is the only rounding that the definition does not have, and a quantized P loses nothing.
+Stored keys and values are decoded in registers to 16 bits, exactly but for a power of two (triton_pages.py).
+V's tensor scale and that power of two are applied to the sum at the end. What P loses on the way to a 16-bit
+operand is the only rounding that the definition does not have, and a quantized P loses nothing.
 
 Where there are few programs, several share the keys of a row block, and a second kernel merges what they
 found. The maximum is a whole power of two, so that P's codes do not depend on who has which keys.
@@ -23,34 +23,31 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_scalesearch.attention_reference import BLOCK, P_LEVELS, AttentionOptions
+from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.step import Step
-from vllm_scalesearch.ops.triton_blocks import (
-    INTERPRETED,
-    as_blocks,
-    as_rows,
-    block_values,
-    decode_e4m3,
-    from_bits,
-    narrow,
-    narrow_exact,
-    widen,
-    winners,
+from vllm_scalesearch.ops.triton_blocks import as_blocks, as_rows, block_values, narrow, narrow_exact, winners
+from vllm_scalesearch.ops.triton_kv_write import check_cache, check_queries, page_constants, rule_constants
+from vllm_scalesearch.ops.triton_pages import (
+    STORED_UNIT,
+    block_of_program,
+    boundary_of,
+    dot,
+    full_rows,
+    rounded,
+    stored_tile,
 )
-from vllm_scalesearch.ops.triton_kv_write import (
-    _request_of_block,
-    _rule_constants,
-    check_cache,
-    check_queries,
-    page_constants,
+from vllm_scalesearch.ops.triton_softmax import (
+    P_UNITS,
+    capability_of,
+    levels,
+    pure_tiles,
+    rows_of_block,
+    scaled,
+    softmax_step,
+    visible_and_stored,
+    window_of_block,
 )
-
-# The interpreter multiplies bf16 as integers, and does not round to it.
-_EMULATED = tl.constexpr(INTERPRETED)
-# A stored value is its operand times this; so far below it, no product on the way leaves fp32.
-_STORED_UNIT = tl.constexpr(256.0)
-_P_LEVELS = tl.constexpr(float(P_LEVELS))
 
 # Row blocks' programs of a multiprocessor that are enough not to share keys, and the fewest tiles that are
 # worth a program of their own.
@@ -58,224 +55,18 @@ _PROGRAMS_PER_PROCESSOR, _LEAST_TILES, _MAX_SEGMENTS = 4, 2, 64
 _LARGE_ROWS = 64  # From so many rows on, a program is large: half as many are enough.
 
 
-# --- operands ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dot(a, b):
-    """(M, K) times (K, N), 16 bits each: fp32."""
-    if _EMULATED:
-        return tl.dot(widen(a), widen(b), input_precision="ieee")
-    else:
-        return tl.dot(a, b)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """fp32 rounded to nearest even in DTYPE."""
-    if _EMULATED:
-        return narrow(x, DTYPE)
-    else:
-        return x.to(DTYPE)
-
-
-@triton.jit
-def _operand_scale(code):
-    """What E2M1 bits in the place of fp32's lead to, under E4M3 codes: 2**126 of the code's value, / 256."""
-    scale = decode_e4m3(code) * 3.323069989690122e35  # 2**118
-    return tl.where(code == 0x7F, float("nan"), scale)
-
-
-@triton.jit
-def _value(word, scale, INDEX: tl.constexpr):
-    """Element INDEX of the eight in each word, times its scale, fp32."""
-    # Exponent and mantissa, at fp32's: the element times 2**-126, denormal for 0.5.
-    LEFT: tl.constexpr = 22 - 4 * INDEX
-    bits = (word << LEFT) if LEFT >= 0 else (word >> (-LEFT))
-    sign = (word << (28 - 4 * INDEX)) & -0x80000000
-    return from_bits((bits & 0x01C00000) | sign) * scale
-
-
-@triton.jit
-def _decoded(word, scales):
-    """fp32 values of words of eight E2M1 codes: (*words, 2, 2, 2), a word's four bytes, then their nibbles.
-
-    scales: in words' shape, the scale code of the low nibbles in the low byte, of the high ones in the next.
-    """
-    low = _operand_scale(scales & 0xFF)
-    high = _operand_scale(scales >> 8)
-    # Joined so that the last bit of an element's index comes last; a thread has all eight.
-    even = tl.join(
-        tl.join(_value(word, low, 0), _value(word, low, 4)), tl.join(_value(word, low, 2), _value(word, low, 6))
-    )
-    odd = tl.join(
-        tl.join(_value(word, high, 1), _value(word, high, 5)),
-        tl.join(_value(word, high, 3), _value(word, high, 7)),
-    )
-    return tl.join(even, odd)
-
-
-@triton.jit
-def _stored_rows(
-    codes_ptr, scales_ptr, table_ptr, token, keep, page_words, D: tl.constexpr, WIDE: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Stored tokens whose blocks lie along head_dim: (TILE, WIDE), 0 where not kept.
-
-    scales_ptr: of pairs of scales, 16 bits.
-    """
-    PAIRS: tl.constexpr = WIDE // 32
-    word = tl.arange(0, WIDE // 8)
-    pair = word % PAIRS
-    mask = (pair < D // 32)[None, :]
-    if MASKED:
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
-        mask &= keep[:, None]
-    else:
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
-    codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + (word // PAIRS * (D // 32) + pair)[None, :]
-    scales = scales_ptr + (page * 2 + token % PAGE * (D // 32))[:, None] + pair[None, :]
-    if MASKED or D != WIDE:
-        codes = tl.load(codes, mask=mask, other=0)
-        scales = tl.load(scales, mask=mask, other=0)
-    else:
-        codes = tl.load(codes)
-        scales = tl.load(scales)
-    # Words (4 of a row, of each pair of blocks), bytes, nibbles: to channels.
-    values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE, 4, PAIRS, 4, 2))
-    values = tl.reshape(tl.permute(values, (0, 2, 4, 1, 3)), (TILE, WIDE))
-    # Rounded last, since Triton 3.6 fails on a reshape right in front of an operand on Hopper.
-    return narrow_exact(values, DTYPE)
-
-
-@triton.jit
-def _stored_columns(
-    codes_ptr, scales_ptr, table_ptr, start, low, high, page_words, D: tl.constexpr, WIDE: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """TILE stored values from token `start`, whose blocks lie along tokens: (TILE, WIDE).
-
-    Those of 16 tokens of which none is in [low, high) are 0. scales_ptr: of pairs of scales, 16 bits.
-    """
-    GROUPS: tl.constexpr = D // 16
-    CHUNK: tl.constexpr = 4 if WIDE >= 64 else 2
-    CHUNKS: tl.constexpr = WIDE // 16 // CHUNK
-    word = tl.arange(0, 2 * WIDE)
-    chunk = word // (32 * CHUNK)
-    lane = word // CHUNK % 32
-    group = chunk * CHUNK + word % CHUNK
-    if D != WIDE:
-        # The last chunk may have fewer groups.
-        word = chunk * 128 + lane * tl.minimum(GROUPS - chunk * 4, 4) + word % CHUNK
-    token = start + tl.arange(0, TILE // 16) * 16
-    mask = (group < GROUPS)[None, :]
-    if MASKED:
-        keep = (token + 16 > low) & (token < high)
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
-        mask &= keep[:, None]
-    else:
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
-    tile = token % PAGE // 16
-    codes = codes_ptr + (page + tile * (2 * D))[:, None] + word[None, :]
-    scales = scales_ptr + (page * 2 + tile * (D // 2))[:, None] + (lane // 4 * GROUPS + group)[None, :]
-    if MASKED or D != WIDE:
-        codes = tl.load(codes, mask=mask, other=0)
-        scales = tl.load(scales, mask=mask, other=0)
-    else:
-        codes = tl.load(codes)
-        scales = tl.load(scales)
-    # Tiles, words (chunk, lane's row and column, group), bytes, nibbles: to channels and tokens.
-    values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE // 16, CHUNKS, 8, 4, CHUNK, 4, 2))
-    values = tl.reshape(tl.permute(values, (1, 4, 6, 2, 0, 3, 5)), (WIDE, TILE))
-    return tl.trans(narrow_exact(values, DTYPE))
-
-
-@triton.jit
-def _stored_tile(
-    codes_ptr, scales_ptr, table_ptr, start, low, high, page_words, K_SCALES: tl.constexpr,
-    V_CODES: tl.constexpr, V_SCALES: tl.constexpr, V_ALONG_TOKENS: tl.constexpr, D: tl.constexpr,
-    WIDE: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Stored keys and values of a tile from token `start`, twice (TILE, WIDE).
-
-    MASKED: only those in [low, high) lie there; the others are 0 or, with V along tokens, may be finite.
-    """
-    token = start + tl.arange(0, TILE)
-    keep = (token >= low) & (token < high)
-    k = _stored_rows(
-        codes_ptr, scales_ptr + K_SCALES // 2, table_ptr, token, keep, page_words, D, WIDE, PAGE, TILE, MASKED,
-        DTYPE,
-    )  # fmt: skip
-    codes_ptr += V_CODES // 4
-    scales_ptr += V_SCALES // 2
-    if V_ALONG_TOKENS:
-        v = _stored_columns(
-            codes_ptr, scales_ptr, table_ptr, start, low, high, page_words, D, WIDE, PAGE, TILE, MASKED, DTYPE
-        )
-    else:
-        v = _stored_rows(
-            codes_ptr, scales_ptr, table_ptr, token, keep, page_words, D, WIDE, PAGE, TILE, MASKED, DTYPE
-        )
-    return k, v
-
-
-@triton.jit
-def _full_rows(
-    full_ptr, table_ptr, token, keep, full_stride, D: tl.constexpr, WIDE: tl.constexpr, FULL_PAGE: tl.constexpr
-):
-    """Keys, or values, of 16-bit pages: (TILE, WIDE), 0 where not kept."""
-    column = tl.arange(0, WIDE)
-    page = tl.load(table_ptr + token // FULL_PAGE, mask=keep, other=0).to(tl.int64) * full_stride
-    at = (page + token % FULL_PAGE * (2 * D))[:, None] + column[None, :]
-    return tl.load(full_ptr + at, mask=keep[:, None] & (column < D)[None, :], other=0.0)
-
-
-# --- steps of the softmax ------------------------------------------------------------------------
-
-
-@triton.jit
-def _scaled(scores, scale, cap, SOFT_CAP: tl.constexpr):
-    """Scores in units of log(2): times `scale`, or cap * tanh of half of that."""
-    if SOFT_CAP:
-        return cap * (1.0 - 2.0 / (tl.exp2(scores * scale) + 1.0))
-    else:
-        return scores * scale
-
-
-@triton.jit
-def _softmax_step(scores, maximum, total, output, SUMS: tl.constexpr):
-    """P of a tile's scores, and the row's maximum, a whole number, total and output brought up to it.
-
-    SUMS: add P to the total.
-    """
-    new = tl.maximum(maximum, tl.ceil(tl.max(scores, 1)))
-    # A row that has seen nothing yet has no maximum.
-    base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(scores - base[:, None])
-    decay = tl.exp2(maximum - base)
-    total *= decay
-    if SUMS:
-        total += tl.sum(p, 1)
-    return p, new, total, output * decay[:, None]
+# --- P times stored values -----------------------------------------------------------------------
 
 
 @triton.jit
 def _quantized_p(
     p, ROWS: tl.constexpr, TILE: tl.constexpr, RULE: tl.constexpr, OFFSETS: tl.constexpr, HW_E2M1: tl.constexpr
 ):
-    """A tile of P as NVFP4: values (ROWS, TILE) fp32, exact in 16 bits, in units of _P_LEVELS at two levels."""
+    """A tile of P as NVFP4: values (ROWS, TILE) fp32, exact in 16 bits, in units of P_UNITS at two levels."""
     BLOCKS: tl.constexpr = ROWS * TILE // 16
     blocks = as_blocks(p, BLOCKS)
     y, _, best, finite = winners(blocks, 1.0, False, RULE, OFFSETS, True, HW_E2M1, BLOCKS, 2)
     return as_rows(block_values(y, best, finite, HW_E2M1), ROWS, TILE)
-
-
-@triton.jit
-def _levels(maximum, stored_maximum):
-    """What rows of P are multiplied by before they are quantized at two levels, and what undoes it."""
-    # A row that has seen nothing stored has no P here. What is 2**100 below the rest may lose bits.
-    apart = tl.where(stored_maximum == float("-inf"), 0.0, tl.minimum(maximum - stored_maximum, 100.0))
-    return tl.exp2(apart) * _P_LEVELS, tl.exp2(-apart)
 
 
 @triton.jit
@@ -287,32 +78,21 @@ def _plus_stored(
     """`output` plus P times stored values v (TILE, WIDE), and the total.
 
     A P that is quantized here is added to the total; another one was before. At two levels, products are in
-    units of _P_LEVELS. stored_maximum: of the rows' scores of stored tokens, a whole number.
+    units of P_UNITS. stored_maximum: of the rows' scores of stored tokens, a whole number.
     """
     if P_RULE is None:
-        return output + _dot(_rounded(p, DTYPE), v), total
+        return output + dot(rounded(p, DTYPE), v), total
     else:
         if TWO_LEVELS:
-            up, down = _levels(maximum, stored_maximum)
+            up, down = levels(maximum, stored_maximum)
             quantized = _quantized_p(p * up[:, None], ROWS, TILE, P_RULE, P_OFFSETS, HW_E2M1)
             quantized *= down[:, None]
-            total += tl.sum(quantized, 1) * (1.0 / _P_LEVELS)
+            total += tl.sum(quantized, 1) * (1.0 / P_UNITS)
             # Exact but for values in fp16 that are 2**20 below the largest.
-            return output + _dot(_rounded(quantized, DTYPE), v), total
+            return output + dot(rounded(quantized, DTYPE), v), total
         else:
             quantized = _quantized_p(p, ROWS, TILE, P_RULE, P_OFFSETS, HW_E2M1)
-            return output + _dot(narrow_exact(quantized, DTYPE), v), total + tl.sum(quantized, 1)
-
-
-@triton.jit
-def _boundary(position, context, RECENT: tl.constexpr, ROUNDED: tl.constexpr, OWN_CHUNK: tl.constexpr):
-    """`AttentionOptions.boundary`, of queries from position `context` on."""
-    if OWN_CHUNK:
-        position = tl.minimum(position, context)
-    boundary = tl.maximum(position + 1 - RECENT, 0)
-    if ROUNDED:
-        boundary = boundary // 16 * 16
-    return boundary
+            return output + dot(narrow_exact(quantized, DTYPE), v), total + tl.sum(quantized, 1)
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -345,32 +125,20 @@ def _attention_kernel(
     (T, Hq, segments, D), maximum and total (T, Hq, segments), fp32.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    request = _request_of_block(query_start_loc_ptr, tl.program_id(0), requests, QUERIES)
-    start = tl.load(query_start_loc_ptr + request)
-    queries = tl.load(query_start_loc_ptr + request + 1) - start
-    first_query = (tl.program_id(0) - (start // QUERIES + request)) * QUERIES
+    request, start, queries, first_query = block_of_program(query_start_loc_ptr, requests, QUERIES)
     if first_query >= queries:
         return
     length = tl.load(seq_lens_ptr + request)
     context = length - queries
     head = tl.program_id(1).to(tl.int64)
 
-    row = tl.arange(0, ROWS)
-    query = first_query + row // GROUP
-    valid = (row < QUERIES * GROUP) & (query < queries)
-    first_position = context + first_query
-    last_position = tl.minimum(first_position + QUERIES, length) - 1
-    position = tl.minimum(context + query, last_position)
-    boundary = _boundary(position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
-    first_boundary = _boundary(first_position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
-    last_boundary = _boundary(last_position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
-    # Tokens in [low, last_position] are seen by some row, those from `seen_by_all` on by each that is not
-    # before them.
-    low = 0
-    seen_by_all = 0
-    if WINDOW > 0:
-        low = tl.maximum(first_position + 1 - WINDOW, 0)
-        seen_by_all = tl.maximum(last_position + 1 - WINDOW, 0)
+    query, valid, position, first_position, last_position = rows_of_block(
+        first_query, queries, context, length, GROUP, ROWS, QUERIES
+    )
+    boundary = boundary_of(position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
+    first_boundary = boundary_of(first_position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
+    last_boundary = boundary_of(last_position, context, RECENT, V_ALONG_TOKENS, OWN_CHUNK)
+    low, seen_by_all = window_of_block(first_position, last_position, WINDOW)
 
     first = low // TILE
     last = tl.cdiv(last_position + 1, TILE)
@@ -381,15 +149,13 @@ def _attention_kernel(
         first += segment * each
         last = tl.minimum(last, first + each)
     token_row = (start + query).to(tl.int64)
-    query_head = head * GROUP + row % GROUP
+    query_head = head * GROUP + tl.arange(0, ROWS) % GROUP
     if SHARED:
         at = (token_row * (tl.num_programs(1) * GROUP) + query_head) * segments + segment
         if first >= last:
             tl.store(maximum_ptr + at, tl.full((ROWS,), float("-inf"), tl.float32), mask=valid)
             return
-    # Tiles in [pure_first, pure_last) are stored for all rows, to the last token.
-    pure_first = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(seen_by_all, SINK), TILE), first), last)
-    pure_last = tl.minimum(tl.maximum(first_boundary // TILE, pure_first), last)
+    pure_first, pure_last = pure_tiles(first, last, seen_by_all, first_boundary, SINK, TILE)
 
     column = tl.arange(0, WIDE)
     mask = valid[:, None] & (column < D)[None, :]
@@ -413,7 +179,7 @@ def _attention_kernel(
     stored_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     output = tl.zeros((ROWS, WIDE), tl.float32)
-    stored_scale = score_scale * _STORED_UNIT
+    stored_scale = score_scale * STORED_UNIT
     inside = tl.arange(0, TILE)
     for phase in range(2):
         # General tiles before the pure ones, the pure ones, and general tiles after them.
@@ -426,41 +192,38 @@ def _attention_kernel(
             top = tl.minimum(tile * TILE + TILE, last_position + 1)
             stored_bottom = tl.maximum(bottom, SINK)
             stored_top = tl.minimum(top, last_boundary)
-            visible = token[None, :] <= position[:, None]
-            if WINDOW > 0:
-                visible &= token[None, :] > position[:, None] - WINDOW
-            stored = (token >= SINK)[None, :] & (token[None, :] < boundary[:, None])
+            visible, stored = visible_and_stored(token, position, boundary, SINK, WINDOW)
             # First the tokens in full precision, so that P of the stored ones, which may be quantized, is
             # relative to the maximum of the whole tile.
             if (bottom < tl.minimum(top, SINK)) | (tl.maximum(bottom, first_boundary) < top):
                 keep = (token >= bottom) & (token < top) & ((token < SINK) | (token >= first_boundary))
-                k = _full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
-                scores = _scaled(_dot(q, tl.trans(k)), score_scale, cap, SOFT_CAP)
+                k = full_rows(full_ptr, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+                scores = scaled(dot(q, tl.trans(k)), score_scale, cap, SOFT_CAP)
                 scores = tl.where(stored | (visible == 0), float("-inf"), scores)
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output, True)
-                v = _full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
-                output += _dot(_rounded(p, DTYPE), v) * (1.0 / unit)
+                p, maximum, total, output = softmax_step(scores, maximum, total, output, True)
+                v = full_rows(full_ptr + D, full_table_ptr, token, keep, full_stride, D, WIDE, FULL_PAGE)
+                output += dot(rounded(p, DTYPE), v) * (1.0 / unit)
             if stored_bottom < stored_top:
-                k, v = _stored_tile(
+                k, v = stored_tile(
                     codes_ptr, scales_ptr, table_ptr, tile * TILE, stored_bottom, stored_top, page_words,
                     K_SCALES, V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, True, DTYPE,
                 )  # fmt: skip
-                scores = _scaled(_dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
+                scores = scaled(dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
                 scores = tl.where(stored & visible, scores, float("-inf"))
                 stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
-                p, maximum, total, output = _softmax_step(scores, maximum, total, output, P_RULE is None)
+                p, maximum, total, output = softmax_step(scores, maximum, total, output, P_RULE is None)
                 output, total = _plus_stored(
                     output, total, p, v, maximum, stored_maximum, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS,
                     HW_E2M1, DTYPE,
                 )  # fmt: skip
         for tile in range(middle, end):
-            k, v = _stored_tile(
+            k, v = stored_tile(
                 codes_ptr, scales_ptr, table_ptr, tile * TILE, 0, 0, page_words, K_SCALES,
                 V_CODES, V_SCALES, V_ALONG_TOKENS, D, WIDE, PAGE, TILE, False, DTYPE,
             )  # fmt: skip
-            scores = _scaled(_dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
+            scores = scaled(dot(q_stored, tl.trans(k)), stored_scale, cap, SOFT_CAP)
             stored_maximum = tl.maximum(stored_maximum, tl.ceil(tl.max(scores, 1)))
-            p, maximum, total, output = _softmax_step(scores, maximum, total, output, P_RULE is None)
+            p, maximum, total, output = softmax_step(scores, maximum, total, output, P_RULE is None)
             output, total = _plus_stored(
                 output, total, p, v, maximum, stored_maximum, ROWS, TILE, TWO_LEVELS, P_RULE, P_OFFSETS,
                 HW_E2M1, DTYPE,
@@ -545,7 +308,7 @@ def attention(
     if not tokens or not requests:
         return
     constants, launch = attention_constants(
-        layout, full.shape[2], options, query_heads // heads, step.max_query_len, _capability(q.device)
+        layout, full.shape[2], options, query_heads // heads, step.max_query_len, capability_of(q.device)
     )
     blocks = tokens // constants["QUERIES"] + requests
     table_tiles = triton.cdiv(step.block_table.shape[1] * layout.block_size, constants["TILE"])
@@ -558,7 +321,7 @@ def attention(
             torch.empty(s, dtype=torch.float32, device=q.device) for s in (shape, shape, (*shape, dim))
         )
     score_scale, cap = options.exp2_scales(dim)
-    unit = float(options.v_scale) * _STORED_UNIT.value / options.p_levels
+    unit = float(options.v_scale) * STORED_UNIT.value / options.p_levels
     _attention_kernel[(blocks, heads, segments)](
         q, q_stored, pages, full, output, partial, maximum, total,
         step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
@@ -610,7 +373,7 @@ def attention_constants(
         OWN_CHUNK=options.own_chunk,
         SOFT_CAP=options.logits_soft_cap is not None,
         Q_QUANTIZED=options.q is not None,
-        **(dict(P_RULE=None, P_OFFSETS=()) if options.p is None else _rule_constants("P_", options.p)),
+        **(dict(P_RULE=None, P_OFFSETS=()) if options.p is None else rule_constants("P_", options.p)),
         TWO_LEVELS=options.two_level_p,
         LEAST_TILES=_LEAST_TILES,
         HW_E2M1=capability[0] >= 10,
@@ -633,8 +396,3 @@ def _segments(programs: int, rows: int, tiles: int, multiprocessors: int) -> int
 def _multiprocessors(device: torch.device) -> int:
     # The interpreter, on the CPU, is for tests of what a GPU does.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
