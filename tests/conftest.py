@@ -3,12 +3,17 @@
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# What asserts for several test modules says as much as their own assertions where it fails.
+pytest.register_assert_rewrite(
+    "attention_batches", "interpreter", "layers", "moe_layers", "served", "split_engines"
+)
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -29,6 +34,7 @@ os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 # Of whole files to each worker, the longest come first: else one worker is left with them at the end.
 _LONG = (
     "vllm_parallel",
+    "triton_kv_write",
     "triton_attention",
     "moe",
     "attention_vllm",
@@ -128,6 +134,45 @@ def vllm_log(caplog):
     logging.getLogger("vllm").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("vllm").removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``on_gpu((10, 0), ...)``: vLLM takes this machine for one with that GPU; see pretended_gpu.py."""
+    import pretended_gpu
+
+    with pretended_gpu.pretending(monkeypatch) as pretend:
+        yield pretend
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What linear.py logs at INFO, also what it has logged once before."""
+    import pretended_gpu
+
+    return pretended_gpu.logged(monkeypatch)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What each layer of a single request was given and gave, by layer: lists of chunks (q, k, v, output)."""
+    from vllm_scalesearch.attention import ScaleSearchAttentionImpl
+
+    calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    impls = {}
+    forward = ScaleSearchAttentionImpl.forward
+
+    def record(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest, **named):
+        result = forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest, **named)
+        if attn_metadata is not None:
+            count = len(attn_metadata.slot_mapping)
+            tensors = tuple(x[:count].detach().clone() for x in (query, key, value, output))
+            calls.setdefault(self.layer_name, []).append(tensors)
+            impls[self.layer_name] = self
+        return result
+
+    monkeypatch.setattr(ScaleSearchAttentionImpl, "forward", record)
+    return calls, impls
 
 
 def prompt_logprobs(llm: Any, prompts: list[list[int]]) -> torch.Tensor:

@@ -1,9 +1,25 @@
-"""Runs a file's kernel tests in Triton's interpreter, on the CPU, in processes of their own."""
+"""Where Triton's kernels run: on CUDA tensors, or in Triton's interpreter on the CPU.
+
+The interpreter has to be chosen before triton is imported; `run_tests` runs a file's kernel tests in it, in
+processes of their own.
+"""
 
 import os
 import re
 import subprocess
 import sys
+
+import pytest
+import torch
+
+from vllm_scalesearch.ops import triton_blocks
+
+INTERPRETED = triton_blocks.INTERPRETED
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS_KERNELS = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="no GPU; test_on_the_cpu runs it"
+)
+COMPILES = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
 
 def run_tests(file: str, selections: tuple[str, ...], least: int) -> None:

@@ -1,4 +1,4 @@
-"""Run by test_vllm_parallel.py and test_two_gpus.py as its own process: what a split engine holds and says.
+"""Run by split_engines.py as its own process: what a split engine holds and says.
 
     python parallel_run.py ARGUMENTS.json OUT.pt
 

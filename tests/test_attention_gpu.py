@@ -1,7 +1,7 @@
 """Attention backend SCALESEARCH on a CUDA GPU, with torch.compile and CUDA graphs."""
 
 import pytest
-from test_attention_vllm import SERVED
+from served import SERVED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention_vllm import generate, random_prompt, start
+from served import generate, random_prompt, start
 
 from vllm_scalesearch import attention_prefill, attention_warmup, kv_pages
 from vllm_scalesearch.attention_prefill import plan

@@ -7,50 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from served import assert_is_the_definition, generate, random_prompt, start
 
 from vllm_scalesearch.attention_reference import attention
 
 pytestmark = pytest.mark.vllm
-
-# Every token beyond sink and window is read back from packed pages.
-ATTENTION = {"r": "none", "recent": 16}
-SERVED = {"attention_backend": "SCALESEARCH", "kv_cache_dtype": "nvfp4"}
-
-
-def start(engine, model, attention=None, **arguments):
-    options = {"scalesearch": {"attention": {**ATTENTION, **(attention or {})}}}
-    return engine(model, additional_config=options, **{**SERVED, **arguments})
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """What each layer of a single request was given and gave, by layer: lists of chunks (q, k, v, output)."""
-    from vllm_scalesearch.attention import ScaleSearchAttentionImpl
-
-    calls: dict[str, list[tuple[torch.Tensor, ...]]] = {}
-    impls = {}
-    forward = ScaleSearchAttentionImpl.forward
-
-    def record(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest, **named):
-        result = forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest, **named)
-        if attn_metadata is not None:
-            count = len(attn_metadata.slot_mapping)
-            tensors = tuple(x[:count].detach().clone() for x in (query, key, value, output))
-            calls.setdefault(self.layer_name, []).append(tensors)
-            impls[self.layer_name] = self
-        return result
-
-    monkeypatch.setattr(ScaleSearchAttentionImpl, "forward", record)
-    return calls, impls
-
-
-def generate(llm, prompts, tokens=4, **sampling):
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **sampling)
-    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
-
 
 # What two runs may differ by in log probability, from sums in another order: logits are bf16, of which those
 # between 16 and 32 are an eighth apart. 0.07 at most was seen.
@@ -100,30 +61,6 @@ def assert_same_text(got, expected):
             assert abs(found[token] - likeliest[other]) < NEAR, (ours, theirs)
             same += 1
     assert same >= sum(map(len, expected)) / 2
-
-
-def random_prompt(length, seed=0, vocabulary=512):
-    return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def assert_is_the_definition(calls, impls):
-    """A request's chunks together against attention over the whole of it, to the rounding of the output."""
-    assert calls
-    for layer, chunks in calls.items():
-        reference = impls[layer].reference
-        q, k, v = (torch.cat(parts) for parts in list(zip(*chunks, strict=True))[:3])
-        context = 0
-        for part in chunks:
-            end = context + len(part[0])
-            expected = attention(q[context:end], k[:end], v[:end], reference, torch.float32)
-            # Scores and outputs have the same operands to the bit, so what is left is the order of fp32
-            # sums and one rounding of the output; and, where Q or P is quantized, a value that falls to the
-            # other side of a rounding now and then.
-            # A kernel rounds P to 16 bits besides.
-            eps = torch.finfo(part[3].dtype).eps * (2 if part[3].is_cuda else 1)
-            error = (part[3].float() - expected).norm() / expected.norm()
-            assert error < (2e-2 if reference.p is not None else eps), (layer, context, error)
-            context = end
 
 
 WHOLE = {"operands": "qkvp"}

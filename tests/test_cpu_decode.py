@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_triton_attention import FP16, build
+from attention_batches import FP16, build
 
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions, attend
 from vllm_scalesearch.ops import cpu_decode, paged_attention

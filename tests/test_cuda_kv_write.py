@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_quantize import unkind
-from test_triton_attention import (
+from attention_batches import (
     BF16,
     FP16,
     LONG,
@@ -18,7 +17,7 @@ from test_triton_attention import (
     matrix_of,
     on_device,
 )
-from test_triton_quantize import same_bits
+from values import same_bits, unkind
 
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_triton_quantize import same_bits
+from values import distributions, generator, same_bits, unkind
 
 from vllm_scalesearch.cuda_kernels import compile_kernel
 from vllm_scalesearch.formats import (
@@ -24,34 +24,6 @@ POLICIES = (
     "absmax", "fast", "paper", "exact", "offsets:3", "offsets:-8,-3,8", "offsets:1,2,3", "window:-8,7",
     "window:0,8", "offsets:-20,0,9", "offsets:-200,200",
 )  # fmt: skip
-
-
-def _generator(seed: int, device: str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
-def _distributions(blocks: int, seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """fp32 blocks (blocks, 16) of several kinds, none of them all zero."""
-    generator = _generator(seed, device)
-    normal = torch.randn(blocks, 16, device=device, generator=generator)
-    uniform = torch.rand(blocks, 16, device=device, generator=generator)
-    sign = torch.where(normal < 0, -1.0, 1.0)
-    first = torch.arange(16, device=device) == 0
-    grid = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6], device=device)
-    pick = (torch.rand(blocks, 16, device=device, generator=generator) * 8).int()
-    return {
-        "normal": normal,
-        "uniform": uniform * sign,
-        "heavy": normal / uniform.sqrt().clamp(min=0.02),
-        "log": (normal * 2).exp() * sign,
-        "outlier": torch.where(first, 12 * sign, normal),
-        "equal": normal[:, :1].expand(-1, 16).contiguous(),
-        "sparse": torch.where((uniform < 0.8) & ~first, 0, normal),
-        # All but one element at a midpoint under one of the scales, where rounding decides.
-        "midpoints": torch.where(first, 6.0, grid[pick]) * sign * (1 + uniform[:, :1]),
-        "near midpoints": torch.where(first, 6.0, grid[pick]) * (1 + normal * 2**-10) * (1 + uniform[:, :1]),
-        "on the grid": (normal * 2).round() / 2 + 0.5 * first,
-    }
 
 
 # --- the packed search ---------------------------------------------------------------------------
@@ -119,7 +91,7 @@ def _ambiguity(x: torch.Tensor, tensor_scale: torch.Tensor, policy: str) -> tupl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("policy", ["fast", "paper", "exact", "window:-8,7"])
 def test_the_packed_search_never_loses_the_winner(policy, dtype):
-    for name, blocks in _distributions(2000, seed=3).items():
+    for name, blocks in distributions(2000, seed=3).items():
         x = blocks.to(dtype).float()
         scales = map(torch.tensor, (0.0123, 2.0**-9, 1 / 16, 1.0))
         for tensor_scale in (tensor_scale_of(finite_amax(x)), *scales):
@@ -194,31 +166,6 @@ def test_what_the_kernel_cannot_do_is_refused():
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
-def unkind(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows on the CPU of blocks of every kind, with special values, and rows that are tiny, huge and zero."""
-    kinds = list(_distributions(rows * width // 16, seed=5).values())
-    normal = kinds[0]
-    at, pick = torch.arange(16), torch.randint(0, 16, (len(normal), 1), generator=_generator(6))
-    kinds += [
-        normal * 1e-4,  # the smallest scales
-        normal * 3e-6,  # below them
-        normal * (1e-41 if dtype == torch.bfloat16 else 3e-7),  # denormals
-        torch.where(at == pick, 300 * normal, normal),
-        torch.where(at == pick, normal, 0.0),
-        torch.zeros_like(normal).copysign(normal),
-        torch.where(at == pick, -0.0, normal),
-        torch.where(at == pick, torch.inf, normal).copysign(normal),
-        torch.where(at == pick, torch.nan, normal),
-    ]
-    kind = torch.randint(0, len(kinds), (len(normal),), generator=_generator(7))
-    x = torch.stack(kinds)[kind, torch.arange(len(normal))].view(rows, width)
-    if rows > 4:
-        x[1] *= 1e-30 if dtype == torch.bfloat16 else 1e-5
-        x[2] *= 1e30 if dtype == torch.bfloat16 else 1e3
-        x[3] = 0
-    return x.to(dtype)
-
-
 def _check_packed(x, policy, tensor_scale=None, per_row=False, swizzled=False):
     expected = reference(x, NVFP4, policy, per_row=per_row, tensor_scale=tensor_scale)
     packed, scales, got_scale = cuda_quantize.quantize_packed(x, policy, tensor_scale, per_row, swizzled)
@@ -237,7 +184,7 @@ def _check_packed(x, policy, tensor_scale=None, per_row=False, swizzled=False):
 def test_packed_is_the_reference(policy, dtype):
     for shape in ((64, 512), (1, 16), (130, 80), (3, 4096), (5, 33 * 1024)):
         x = unkind(*shape, dtype).cuda()
-        row_scale = torch.rand(shape[0], 1, device="cuda", generator=_generator(0, "cuda")) + 1e-3
+        row_scale = torch.rand(shape[0], 1, device="cuda", generator=generator(0, "cuda")) + 1e-3
         scales = [torch.tensor(scale, device="cuda") for scale in (1e-3, 0.37, 2.0**-126, 3e38)]
         for tensor_scale in (None, *scales, row_scale):
             for swizzled in (False, True):
@@ -262,7 +209,7 @@ def test_values_are_the_reference(policy, dtype):
 @pytest.mark.parametrize("policy", ["absmax", "fast", "paper", "exact"])
 def test_a_hundred_million_values(policy, dtype):
     for seed in range(3):
-        for blocks in _distributions(1 << 18, seed, "cuda").values():
+        for blocks in distributions(1 << 18, seed, "cuda").values():
             _check_packed(blocks.view(1024, 4096).to(dtype), policy, per_row=seed == 1)
 
 

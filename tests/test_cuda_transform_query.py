@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_cuda_quantize import unkind
-from test_triton_attention import BF16, FP16, matrix_of, same_bits
+from attention_batches import BF16, FP16, matrix_of
+from values import same_bits, unkind
 
 from vllm_scalesearch.attention_reference import AttentionOptions, fake_quantized
 from vllm_scalesearch.cuda_kernels import compile_kernel

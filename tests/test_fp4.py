@@ -5,20 +5,16 @@ the FP4 MMA reads them, and multiplies exactly that; everything around it is vLL
 """
 
 import types
-from collections.abc import Callable, Iterator
 
 import layers
 import pytest
 import torch
 from conftest import prompt_logprobs
+from pretended_gpu import W4A4, choose
 from torch.library import opcheck
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.kernels import linear as linear_kernels
+from values import normal, tokens
 from vllm.model_executor.kernels.linear import nvfp4
 from vllm.model_executor.kernels.linear.nvfp4 import cutlass, flashinfer
-from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
-from vllm.platforms import current_platform
-from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
 from vllm_scalesearch import linear, linear_fp4
 from vllm_scalesearch.formats import FORMATS, decode_e2m1, swizzle_scales, unpack_e2m1, unswizzle_scales
@@ -37,18 +33,6 @@ KERNELS = {
 OPS = torch.ops.vllm_scalesearch
 FORMAT = pytest.mark.parametrize("fmt", list(FORMATS))
 DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows over all magnitudes that the dtype has, every third with outliers."""
-    low, high = (-3, 2) if dtype == torch.float16 else (-20, 20)
-    x = normal(rows, width, seed=rows) * torch.logspace(low, high, rows).unsqueeze(1)
-    x[::3, 5] *= 100
-    return x.to(dtype)
 
 
 # --- the GEMM in torch ---------------------------------------------------------------------------
@@ -315,55 +299,6 @@ def test_operator_says_what_is_wrong():
 # --- the choice ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``on_gpu((10, 0), ...)``: vLLM takes this machine for one with that GPU.
-
-    with_flashinfer: it is installed. with_cutlass: vLLM was built with its own FP4 GEMM.
-    """
-    contexts = []
-
-    def pretend(
-        capability: tuple[int, int],
-        with_flashinfer: bool = False,
-        with_cutlass: bool = True,
-        linear_backend: str = "auto",
-    ) -> None:
-        config = VllmConfig()
-        config.kernel_config.linear_backend = linear_backend
-        contexts.append(set_current_vllm_config(config))
-        contexts[-1].__enter__()
-        platform, found = type(current_platform), DeviceCapability(*capability)
-        monkeypatch.setattr(platform, "_enum", PlatformEnum.CUDA)
-        monkeypatch.setattr(platform, "get_device_capability", classmethod(lambda cls, device_id=0: found))
-        # What the plugin has put there for the CPU (cpu_nvfp4.py), where such a GPU would not.
-        monkeypatch.setattr(linear_kernels, "MarlinNvFp4LinearKernel", MarlinNvFp4LinearKernel)
-        monkeypatch.setattr(flashinfer, "has_flashinfer", lambda: with_flashinfer)
-        monkeypatch.setattr(
-            "vllm.model_executor.layers.quantization.utils.nvfp4_utils.cutlass_scaled_mm_supports_fp4",
-            lambda capability: with_cutlass and capability >= 100,
-        )
-
-    yield pretend
-    while contexts:
-        contexts.pop().__exit__(None, None, None)
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What linear.py logs at INFO, also what it has logged once before."""
-    lines = []
-    logger = types.SimpleNamespace(info_once=lambda text, *args: lines.append(text % args))
-    monkeypatch.setattr(linear, "logger", logger)
-    return lines
-
-
-def choose(options: LayerOptions) -> linear._Product:
-    layer = torch.nn.Module()
-    return linear._product("dense", options, f"a.layer.{id(layer)}", layer)
-
-
-W4A4 = LayerOptions("nvfp4", "paper", "paper")
 NATIVE = [
     ((10, 0), False, "cutlass"),
     ((10, 0), True, "flashinfer cute-dsl"),

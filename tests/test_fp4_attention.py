@@ -2,16 +2,18 @@
 
 There are no such units here, and Triton's interpreter reads E4M3 scales as E8M0. So the MMAs are looked for in
 what the compiler makes of the kernel, and the kernel runs, in the interpreter, with decoded values for them.
-Batches, what is NaN in their pages, and the bounds are those of test_triton_attention.py.
+Batches, what is NaN in their pages, and the bounds are those of attention_batches.py.
 """
 
 import re
 from dataclasses import replace
 
+import attention_batches as paged
 import interpreter
 import pytest
-import test_triton_attention as paged
 import torch
+from interpreter import COMPILES
+from triton_compiled import HOPPER_SHARED_MEMORY, SHARED_MEMORY, compiled, spilled
 
 from vllm_scalesearch import kv_pages
 from vllm_scalesearch.attention_reference import AttentionOptions, fake_quantized
@@ -21,8 +23,7 @@ from vllm_scalesearch.ops.fp4_product import FP4_CAPABILITIES
 from vllm_scalesearch.ops.triton_fp4_attention import attention, attention_constants, unsupported
 
 FP16 = torch.float16
-INTERPRETED = pytest.mark.skipif(not paged.INTERPRETED, reason="test_on_the_cpu runs it")
-COMPILES = pytest.mark.skipif(paged.INTERPRETED, reason="the interpreter does not compile")
+INTERPRETED = pytest.mark.skipif(not interpreter.INTERPRETED, reason="test_on_the_cpu runs it")
 
 
 @COMPILES
@@ -182,7 +183,7 @@ def test_both_products_are_fp4_mmas_with_block_scales(arch: int, dim: int, tmp_p
     constants, launch = attention_constants(
         PageLayout(64, dim, "tokens"), 16, options, 4, 1024, divmod(arch, 10)
     )
-    binary = paged.compiled(triton_fp4_attention._fp4_attention_kernel, constants, arch, **launch)
+    binary = compiled(triton_fp4_attention._fp4_attention_kernel, constants, arch, **launch)
     ptx = binary.asm["ptx"]
     assert f".target sm_{arch}a" in ptx
     # Of 64 products each. On sm_100a, of 128 rows and all columns; on sm_120a, of 16 rows and 8 columns, in
@@ -197,8 +198,8 @@ def test_both_products_are_fp4_mmas_with_block_scales(arch: int, dim: int, tmp_p
     others = re.findall(r"\s(?:tcgen05\.mma|mma\.sync)\.\S+", re.sub(MMA[arch], "", ptx))
     assert others and all("kind::f16" in x or "f32.bf16.bf16.f32" in x for x in others)
     assert "cvt.rn.satfinite.e2m1x2.f32" in ptx
-    assert binary.metadata.shared <= (paged.HOPPER_SHARED_MEMORY if arch == 100 else paged.SHARED_MEMORY)
-    assert paged.spilled(binary, tmp_path / "kernel.cubin") <= 256
+    assert binary.metadata.shared <= (HOPPER_SHARED_MEMORY if arch == 100 else SHARED_MEMORY)
+    assert spilled(binary, tmp_path / "kernel.cubin") <= 256
 
 
 def test_rows_for_the_mma() -> None:

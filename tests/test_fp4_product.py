@@ -18,6 +18,7 @@ import triton
 from torch.library import opcheck
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from values import normal, tokens
 
 from vllm_scalesearch.formats import decode_e2m1, pack_e2m1, swizzle_scales, unswizzle_scales
 from vllm_scalesearch.ops import fp4_product as module
@@ -30,7 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:  # the interpreter's process runs the kernel alone and need not wait for vLLM
     import layers
     from conftest import prompt_logprobs
-    from test_fp4 import W4A4, choose, on_gpu, said  # noqa: F401 - fixtures
+    from pretended_gpu import W4A4, choose
 
     from vllm_scalesearch import linear
 
@@ -39,18 +40,6 @@ BIAS = pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias
 # Widths of an odd number of blocks, of half an MMA, and of whole ones; one output, odd ones, several tiles.
 SHAPES = [(1, 16), (7, 48), (64, 128), (33, 80), (131, 272), (200, 576)]
 ROWS = (1, 2, 31, 64, 65, 128, 129, 130)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows over all magnitudes that the dtype has, every third with outliers."""
-    low, high = (-3, 2) if dtype == torch.float16 else (-20, 20)
-    x = normal(rows, width, seed=rows) * torch.logspace(low, high, rows).unsqueeze(1)
-    x[::3, 5] *= 100
-    return x.to(dtype)
 
 
 def operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, policy: str = "fast") -> tuple:

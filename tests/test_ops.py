@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.library import opcheck
+from values import same_bits
 
 from vllm_scalesearch import search
 from vllm_scalesearch.formats import FORMATS, QuantizedTensor
@@ -34,12 +35,6 @@ def activations(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         rows[0] = 0
         rows[1, 5] = -math.inf
     return x.to(dtype)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every bit, where NaN is NaN."""
-    a, b = (torch.where(t.isnan(), torch.full_like(t, math.nan), t).contiguous() for t in (a, b))
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 # --- quantize_values -----------------------------------------------------------------------------

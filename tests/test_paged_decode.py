@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_triton_attention import (
+from attention_batches import (
     BF16,
     FP16,
     LONG_DECODE,
@@ -14,8 +14,8 @@ from test_triton_attention import (
     like,
     matrix_of,
     on_device,
-    same_bits,
 )
+from values import same_bits
 
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_triton_attention import BF16, FP16, SENTINEL, build, check_output, like, on_device
+from attention_batches import BF16, FP16, SENTINEL, build, check_output, like, on_device
 
 from vllm_scalesearch import attention_prefill
 from vllm_scalesearch.attention_reference import AttentionOptions

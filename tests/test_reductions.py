@@ -9,12 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_attention_vllm import SERVED, assert_is_the_definition, generate, random_prompt, recorded
+from served import SERVED, assert_is_the_definition, generate, random_prompt
 
 from vllm_scalesearch import cli, reduction_files
 from vllm_scalesearch.transforms import SecondMoments, magnitude_reduction
-
-__all__ = ["recorded"]  # a fixture
 
 LAYER = "model.layers.1.self_attn.attn"
 

@@ -1,6 +1,6 @@
 """Gathering the paged cache in Triton gives what the pages hold, bit for bit.
 
-As in test_triton_attention.py, whose batches these are, kernels run on CUDA tensors where there is a GPU, and
+As in test_triton_attention.py, kernels run on CUDA tensors where there is a GPU, and
 otherwise in the interpreter, in a process of its own; what must not be read is NaN.
 """
 
@@ -8,28 +8,24 @@ from dataclasses import replace
 
 import interpreter
 import pytest
-import test_triton_attention
 import torch
-from test_triton_attention import (
+import triton_compiled
+from attention_batches import (
     BF16,
-    COMPILES,
-    DEVICE,
     FP16,
-    INTERPRETED,
     KV,
     LONG,
     LONG_DECODE,
     NAN_BYTE,
-    RUNS_KERNELS,
     SENTINEL,
     Batch,
     build,
-    compiled,
     like,
     on_device,
-    same_bits,
-    spilled,
 )
+from interpreter import COMPILES, DEVICE, INTERPRETED, RUNS_KERNELS
+from triton_compiled import compiled, spilled
+from values import same_bits
 
 from vllm_scalesearch import kv_pages
 from vllm_scalesearch.attention_reference import AttentionOptions
@@ -188,7 +184,7 @@ def test_wrong_arguments_say_why() -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("v_group", ["head_dim", "tokens"])
 def test_compiles_without_a_gpu(v_group, arch, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(test_triton_attention.TYPES, "k_start_loc_ptr", "*i32")
+    monkeypatch.setitem(triton_compiled.TYPES, "k_start_loc_ptr", "*i32")
     options = AttentionOptions(**KV, v_group=v_group, own_chunk=True)
     constants = triton_kv_gather.gather_constants(PageLayout(64, 128, v_group), 16, options)
     warps = triton_kv_gather.gather_warps(128)

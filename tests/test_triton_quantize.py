@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search import blocks, rules, rules_of
+from interpreter import COMPILES, DEVICE, INTERPRETED, RUNS_KERNELS
+from search_cases import blocks, rules, rules_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from values import generator, normal, same_bits
 
 from vllm_scalesearch.formats import (
     MXFP4,
@@ -32,11 +34,6 @@ from vllm_scalesearch.formats import (
 from vllm_scalesearch.ops import triton_blocks, triton_quantize
 from vllm_scalesearch.search import ScalePolicy, quantize
 
-INTERPRETED = triton_blocks.INTERPRETED
-DEVICE = "cpu" if INTERPRETED else "cuda"
-RUNS_KERNELS = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="no GPU; test_on_the_cpu runs it"
-)
 FORMAT = pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
 DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
@@ -52,14 +49,6 @@ def test_on_the_cpu() -> None:
 
 
 # --- data ----------------------------------------------------------------------------------------
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator(seed))
 
 
 def unkind(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -91,16 +80,6 @@ def unkind(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     if rows > 1:
         x[1] *= big / x[1][x[1].isfinite()].abs().amax()
     return x.to(dtype).to(DEVICE)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in dtype, shape and every bit, where NaN is NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if a.is_floating_point() and a.dtype.itemsize > 1:
-        a, b = (torch.where(t.isnan(), torch.nan, t) for t in (a, b))
-    a, b = (t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
 
 
 def check_packed(x, fmt, rule, tensor_scale=None, per_row=False, swizzled=False) -> None:
@@ -465,8 +444,6 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
 
 
 # --- what is compiled ----------------------------------------------------------------------------
-
-COMPILES = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
 
 def compiled(arch: int, fmt: BlockFormat = NVFP4, rule: str = "paper", **arguments):

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from moe_layers import GPU_MIXTRAL
 from safetensors.torch import load_file, save_file
-from test_moe import GPU_MIXTRAL
-from test_vllm_parallel import run_split, shard_rows
+from split_engines import run_split, shard_rows
 
 from vllm_scalesearch import reduction_files
 from vllm_scalesearch.transforms import SecondMoments, magnitude_reduction
