@@ -1,6 +1,7 @@
 """paged_decode.cu and paged_decode_wide.cu: the reference's attention, of requests that have one query each."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from values import same_bits
 from vllm_scalesearch.attention_reference import AttentionOptions
 from vllm_scalesearch.cuda_kernels import compile_kernel
 from vllm_scalesearch.kv_pages import PageLayout
-from vllm_scalesearch.ops import cuda_paged_decode, paged_attention
+from vllm_scalesearch.ops import cuda_kv_write, cuda_paged_decode, paged_attention
 
 KV = dict(q=None, p=None, k="fast", v="fast", v_group="tokens", recent=16)
 
@@ -64,6 +65,44 @@ def test_which_kernel_attends(capability, changes, queries, expected, monkeypatc
     options = AttentionOptions(**(KV | changes))
     layout = PageLayout(64, 128, options.v_group)
     assert paged_attention.kernel_for(layout, options, queries, torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason", "group", "expected"),
+    [
+        ("cuda", None, 4, ["write with queries", "decode"]),
+        ("cuda", None, 12, ["write with queries, decode begins early", "decode"]),
+        ("cuda", "a reason", 4, ["write", "attention"]),
+        ("triton", None, 4, ["write", "attention"]),
+    ],
+)
+def test_who_transforms_queries(kernel, reason, group, expected, monkeypatch) -> None:
+    """The launch that writes, where decoding in CUDA is behind it, and that gets what it returns."""
+    ran, transformed = [], object()
+
+    def write(*arguments):
+        *_, q, q_matrix, begins_early = arguments
+        assert (q, q_matrix) == (queries, "q_matrix")
+        ran.append("write with queries" + (", decode begins early" if begins_early else ""))
+        return transformed
+
+    def decode(q, *arguments):
+        assert q is transformed
+        ran.append("decode")
+
+    monkeypatch.setattr(paged_attention, "kernel_for", lambda *arguments: kernel)
+    monkeypatch.setattr(paged_attention, "write", lambda *arguments: ran.append("write"))
+    monkeypatch.setattr(paged_attention, "attention", lambda *arguments: ran.append("attention"))
+    monkeypatch.setattr(cuda_kv_write, "unsupported", lambda *arguments: reason)
+    monkeypatch.setattr(cuda_kv_write, "write", write)
+    monkeypatch.setattr(cuda_paged_decode, "decode", decode)
+    queries = SimpleNamespace(shape=(1, 2 * group, 128))
+    pages = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 64, 144))
+    paged_attention.write_and_attend(
+        queries, "k", "v", pages, "full", "layout", SimpleNamespace(max_query_len=1), "q_matrix", "k_matrix",
+        AttentionOptions(**KV), "output",
+    )  # fmt: skip
+    assert ran == expected
 
 
 @pytest.mark.parametrize(

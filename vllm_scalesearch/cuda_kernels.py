@@ -187,3 +187,10 @@ def kernel(source: str, name: str, defines: tuple[str, ...], device: torch.devic
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     return _load(source, name, defines, index)
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x (T, heads, D) of 16 bits, or a copy, so that a kernel can read its heads 16 bytes at a time."""
+    if x.stride(2) == 1 and not (x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16):
+        return x
+    return x.contiguous()

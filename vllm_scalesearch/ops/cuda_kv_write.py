@@ -12,7 +12,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vllm_scalesearch.attention_reference import BLOCK, AttentionOptions
-from vllm_scalesearch.cuda_kernels import Kernel, kernel
+from vllm_scalesearch.cuda_kernels import Kernel, kernel, readable
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES, table_bytes
@@ -175,7 +175,7 @@ def write(
         raise ValueError(f"KV cache: 16-bit pages must lie at multiples of 16 bytes, strides {full.stride()}")
     if not tokens:
         return q
-    k, v = _readable(k), _readable(v)
+    k, v = readable(k), readable(v)
     parts, early = split(k_matrix, k.device)
     transformed, queries = q, _NO_QUERIES
     if q is None or q_matrix is None:
@@ -229,18 +229,11 @@ def _queries(
         )
     group = group_of(q.shape[1], heads)
     parts, early = split(q_matrix, q.device)
-    q, transformed = _readable(q), torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, transformed = readable(q), torch.empty_like(q, memory_format=torch.contiguous_format)
     most = max(_QUERY_BLOCKS * multiprocessors(q.device) // (heads * groups), 1)
     blocks = groups * min(-(-tokens * group // 16), most)
     arguments = (q, transformed, parts, blocks, q.shape[1], group, q.stride(0), q.stride(1))
     return transformed, arguments, early
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """Tokens whose heads the kernel can copy 16 bytes at a time."""
-    if x.stride(2) == 1 and not (x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16):
-        return x
-    return x.contiguous()
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_scalesearch.attention_reference import AttentionOptions
-from vllm_scalesearch.cuda_kernels import Kernel, kernel
+from vllm_scalesearch.cuda_kernels import Kernel, kernel, readable
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.step import Step
 
@@ -145,8 +145,7 @@ def decode(
                 f"paged decode: {name} is {tuple(x.shape)} {x.dtype} with strides {x.stride()}, expected "
                 f"contiguous heads (..., {group * heads}, {dim}) in {full.dtype}"
             )
-    if q.stride(0) % 8 or q.stride(1) % 8 or q.data_ptr() % 16:
-        q = q.contiguous()
+    q = readable(q)
     if pages.stride(0) % 16 or pages.stride(1) % 16 or full.stride(0) % 8 or full.stride(1) % 8:
         raise ValueError(
             "paged decode: pages must lie at multiples of 16 bytes, strides are "

@@ -11,7 +11,7 @@ import functools
 import torch
 
 from vllm_scalesearch.attention_reference import AttentionOptions
-from vllm_scalesearch.cuda_kernels import Kernel, kernel
+from vllm_scalesearch.cuda_kernels import Kernel, kernel, readable
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.kv_pages import PageLayout
 from vllm_scalesearch.ops.step import Step
@@ -100,9 +100,7 @@ def attend(
             "attention of prompts: pages must lie at multiples of 16 bytes, strides are "
             f"{pages.stride()} and {full.stride()}"
         )
-    q, q_stored = (
-        x.contiguous() if x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16 else x for x in (q, q_stored)
-    )
+    q, q_stored = readable(q), readable(q_stored)
     gather, attention = _kernels(defines(layout, full.shape[2], options, q.dtype), q.device)
     tiles, query_tiles = (tokens // TILE + requests for tokens in (max_tokens, queries))
     shape = heads, tiles, TILE * dim

@@ -9,7 +9,7 @@ import functools
 import torch
 
 from vllm_scalesearch.attention_reference import AttentionOptions
-from vllm_scalesearch.cuda_kernels import Kernel, kernel
+from vllm_scalesearch.cuda_kernels import Kernel, kernel, readable
 from vllm_scalesearch.formats import NVFP4
 from vllm_scalesearch.ops.cuda_kv_write import group_of, multiprocessors, plan, row_bytes, split
 from vllm_scalesearch.ops.cuda_quantize import MAX_CANDIDATES
@@ -56,8 +56,7 @@ def transform_query(
     heads = query_heads if q_matrix is None else q_matrix.shape[0]
     group = group_of(query_heads, heads)
     checked_matrix(q_matrix, heads, dim)
-    if q.stride(0) % 8 or q.stride(1) % 8 or q.data_ptr() % 16:
-        q = q.contiguous()
+    q = readable(q)
     transformed = q if q_matrix is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stored = transformed if options.q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:

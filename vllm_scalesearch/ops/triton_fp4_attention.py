@@ -45,6 +45,7 @@ from vllm_scalesearch.ops.triton_pages import (
     boundary_of,
     dot,
     full_rows,
+    page_of,
     rounded,
 )
 from vllm_scalesearch.ops.triton_softmax import (
@@ -136,12 +137,10 @@ def _stored_keys(
     block = tl.arange(0, WIDE // 16)
     mask = (pair < D // 32)[None, :]
     scale_mask = (block < D // 16)[None, :]
+    page = page_of(table_ptr, token, keep, page_words, PAGE, MASKED)
     if MASKED:
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
         mask &= keep[:, None]
         scale_mask &= keep[:, None]
-    else:
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
     codes_ptr = pages_ptr.to(tl.pointer_type(tl.int32))
     codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + (word // PAIRS * (D // 32) + pair)[None, :]
     scales = pages_ptr + K_SCALES + (page * 4 + token % PAGE * (D // 16))[:, None] + block[None, :]
@@ -178,13 +177,11 @@ def _stored_values(
     token = start + tl.arange(0, TILE // 16) * 16
     mask = (group < GROUPS)[None, :]
     scale_mask = (channel < D)[:, None]
+    keep = (token + 16 > low) & (token < high)
+    page = page_of(table_ptr, token, keep, page_words, PAGE, MASKED)
     if MASKED:
-        keep = (token + 16 > low) & (token < high)
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
         mask &= keep[:, None]
         scale_mask &= keep[None, :]
-    else:
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
     tile = token % PAGE // 16
     codes_ptr = pages_ptr.to(tl.pointer_type(tl.int32)) + V_CODES // 4
     codes = codes_ptr + (page + tile * (2 * D))[:, None] + word[None, :]

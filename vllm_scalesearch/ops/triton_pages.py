@@ -121,6 +121,16 @@ def _decoded(word, scales):
 
 
 @triton.jit
+def page_of(table_ptr, token, keep, page_words, PAGE: tl.constexpr, MASKED: tl.constexpr):
+    """Where the pages of tokens begin, in 32-bit words; MASKED: of those that are kept."""
+    if MASKED:
+        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0)
+    else:
+        page = tl.load(table_ptr + token // PAGE)
+    return page.to(tl.int64) * page_words
+
+
+@triton.jit
 def _stored_rows(
     codes_ptr, scales_ptr, table_ptr, token, keep, page_words, D: tl.constexpr, WIDE: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
@@ -133,11 +143,9 @@ def _stored_rows(
     word = tl.arange(0, WIDE // 8)
     pair = word % PAIRS
     mask = (pair < D // 32)[None, :]
+    page = page_of(table_ptr, token, keep, page_words, PAGE, MASKED)
     if MASKED:
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
         mask &= keep[:, None]
-    else:
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
     codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + (word // PAIRS * (D // 32) + pair)[None, :]
     scales = scales_ptr + (page * 2 + token % PAGE * (D // 32))[:, None] + pair[None, :]
     if MASKED or D != WIDE:
@@ -174,12 +182,10 @@ def _stored_columns(
         word = chunk * 128 + lane * tl.minimum(GROUPS - chunk * 4, 4) + word % CHUNK
     token = start + tl.arange(0, TILE // 16) * 16
     mask = (group < GROUPS)[None, :]
+    keep = (token + 16 > low) & (token < high)
+    page = page_of(table_ptr, token, keep, page_words, PAGE, MASKED)
     if MASKED:
-        keep = (token + 16 > low) & (token < high)
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0).to(tl.int64) * page_words
         mask &= keep[:, None]
-    else:
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64) * page_words
     tile = token % PAGE // 16
     codes = codes_ptr + (page + tile * (2 * D))[:, None] + word[None, :]
     scales = scales_ptr + (page * 2 + tile * (D // 2))[:, None] + (lane // 4 * GROUPS + group)[None, :]
