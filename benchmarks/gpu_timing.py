@@ -1,11 +1,13 @@
 """Times of GPU kernels with neither launch overhead nor a warm cache in them."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 
 COLD_BYTES = 240_000_000  # several times the L2 of any GPU of today
+GRAPH_MS = 2.0  # what a graph takes at least: starting one and recording events costs some 15 us of it
 
 
 def copies_for(nbytes: int) -> int:
@@ -17,29 +19,43 @@ def time_interleaved(variants: dict[str, Sequence[Callable[[], object]]], rounds
     """Median time of one call, in us.
 
     variants: name to the calls, one for each rotating buffer. Each variant becomes one CUDA graph of
-    all its calls; the graphs are replayed in turns, so that clocks and neighbours are the same for all.
+    all its calls, over again until it takes `GRAPH_MS`; the graphs are replayed in turns, so that clocks and
+    neighbours are the same for all.
     """
     graphs = {}
     for name, calls in variants.items():
         for call in calls[:2]:
             call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        graphs[name] = graph
+        graph = _captured(calls)
+        graph.replay()
+        again = math.ceil(GRAPH_MS / _milliseconds(graph))
+        graphs[name] = graph if again == 1 else _captured([*calls] * again), again * len(calls)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 2):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
+        for name, (graph, calls) in graphs.items():
+            time = _milliseconds(graph)
             if turn >= 2:
-                times[name].append(start.elapsed_time(end) * 1e3 / len(variants[name]))
+                times[name].append(time * 1e3 / calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _milliseconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Of one replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
 def copy_bandwidth() -> float:

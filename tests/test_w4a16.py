@@ -74,16 +74,15 @@ def test_only_filled_blocks_with_subnormal_scales_need_the_slower_decoding():
     assert w4a16.scale_encoding(quantize(values)) == w4a16.E4M3_SUBNORMAL
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17, 32])
-@pytest.mark.parametrize("clusters", [False, True])
-def test_plans_cover_the_product(rows, clusters):
-    limit = 227 * 1024 if clusters else 99 * 1024
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17, 24, 25, 32])
+@pytest.mark.parametrize(("clusters", "limit"), [(False, 99 << 10), (True, 99 << 10), (True, 227 << 10)])
+def test_plans_cover_the_product(rows, clusters, limit):
     for outputs in (64, 192, 1024, 4096, 6144, 28672, 128256):
         for inputs in (32, 96, 576, 4096, 14336):
             for processors in (16, 108, 132):
                 plan = w4a16.plan(rows, outputs, inputs, processors, limit, clusters)
                 tiles = -(-outputs // (64 * plan.groups))
-                assert rows <= plan.tokens and plan.shared_bytes <= limit
+                assert rows <= plan.tokens < rows + 8 and plan.shared_bytes <= limit
                 assert 1 <= plan.splits <= 8 and 0 <= plan.whole <= tiles
                 assert plan.splits == 1 or plan.splits <= inputs // 32
                 assert not plan.cluster or (clusters and plan.splits > 1 and plan.whole == 0)
@@ -97,6 +96,7 @@ def test_source_compiles(arch):
     for rows, dtype, encoding in (
         (1, torch.bfloat16, w4a16.E4M3),
         (16, torch.float16, w4a16.E4M3_SUBNORMAL),
+        (24, torch.bfloat16, w4a16.E4M3),
         (32, torch.bfloat16, w4a16.MARLIN),
     ):
         defines = w4a16.plan(rows, 4096, 4096, 132, limit, clusters).defines(dtype, encoding)
@@ -109,7 +109,7 @@ def test_a_failed_build_has_the_compilers_words():
 
 
 def _pretend(monkeypatch, capability):
-    """That the GPU has this compute capability."""
+    """That the GPU has this compute capability, and an H100's multiprocessors."""
     from vllm.platforms.interface import DeviceCapability
 
     from vllm_scalesearch import linear
@@ -118,6 +118,9 @@ def _pretend(monkeypatch, capability):
         type(linear.current_platform),
         "get_device_capability",
         classmethod(lambda cls, device_id=0: DeviceCapability(*capability)),
+    )
+    monkeypatch.setattr(
+        type(linear.current_platform), "num_compute_units", classmethod(lambda cls, device_id=0: 132)
     )
 
 
@@ -138,14 +141,16 @@ def test_only_weights_whose_order_is_known_are_read(monkeypatch, kernel, capabil
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(
-    ("kernel", "capability", "by_rows"),
+    ("kernel", "capability", "outputs", "by_rows"),
     [
-        ("Marlin", (9, 0), {1: "decode", 32: "decode", 33: "vLLM", 1023: "vLLM", 1024: "dense"}),
-        ("Humming", (9, 0), {16: "decode", 17: "vLLM", 4095: "vLLM", 4096: "dense"}),
-        ("Marlin", (8, 0), {32: "decode", 33: "vLLM", 8192: "vLLM"}),
+        ("Marlin", (9, 0), 4096, {1: "decode", 32: "decode", 33: "vLLM", 1023: "vLLM", 1024: "dense"}),
+        ("Humming", (9, 0), 6144, {16: "decode", 17: "vLLM", 4095: "vLLM", 4096: "dense"}),
+        ("Humming", (9, 0), 4096, {24: "decode", 25: "vLLM", 4096: "dense"}),
+        ("Humming", (9, 0), 28672, {32: "decode", 33: "vLLM", 4096: "dense"}),
+        ("Marlin", (8, 0), 28672, {32: "decode", 33: "vLLM", 8192: "vLLM"}),
     ],
 )
-def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, by_rows):
+def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, outputs, by_rows):
     """With and without scales of rows; none for no rows, which vLLM's kernels take."""
     from vllm_scalesearch import linear, vllm_api
 
@@ -160,8 +165,8 @@ def test_rows_decide_what_multiplies(monkeypatch, kernel, capability, by_rows):
     made = object.__new__(getattr(vllm_api, f"{kernel}NvFp4LinearKernel"))
     monkeypatch.setattr(type(made), "apply_weights", lambda self, layer, x, bias: stand_in("vLLM")(x))
     product = object.__new__(linear._DecodeProduct)
-    product.kernel, product.alpha, product.weight = made, 1.0, None
-    product.decode_rows, product.dense_rows = linear._measured_rows(made)
+    product.kernel, product.alpha, product.weight = made, 1.0, SimpleNamespace(padded_outputs=outputs)
+    product.decode_rows, product.dense_rows = linear._measured_rows(made, product.weight)
     layer = SimpleNamespace(plain_bias=None, bias=None)
     for rows, expected in {0: "vLLM", **by_rows}.items():
         x = torch.zeros(rows, 8)
@@ -193,7 +198,7 @@ def test_product_against_fp64(shape, dtype):
     w4a16.prepare(tiled, dtype)
     assert tiled.encoding == w4a16.E4M3
     generator = torch.Generator("cuda").manual_seed(0)
-    for rows in (1, 2, 7, 8, 9, 16, 23, 32):
+    for rows in (1, 2, 7, 8, 9, 16, 23, 24, 32):
         x = torch.randn(rows, shape[1], device="cuda", generator=generator).to(dtype)
         bias = torch.randn(shape[0], device="cuda", generator=generator).to(dtype)
         row_scale = torch.rand(rows, 1, device="cuda", generator=generator)

@@ -260,7 +260,7 @@ class _DecodeProduct(_VllmKernelProduct):
             layer.output_size_per_partition, layer.input_size_per_partition,
         )  # fmt: skip
         self.alpha = self.weight.multiplier * float(tensor_scale)
-        self.decode_rows, self.dense_rows = _measured_rows(self.kernel)
+        self.decode_rows, self.dense_rows = _measured_rows(self.kernel, self.weight)
         dense = self.dense_rows < sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype, self.decode_rows)
         logger.info_once(
@@ -381,11 +381,12 @@ _LIB.impl("linear", _linear, "CUDA")
 torch.library.register_fake("vllm_scalesearch::linear", _linear_fake, lib=_LIB)
 
 
-def _measured_rows(kernel) -> tuple[int, int]:
+def _measured_rows(kernel, weight: w4a16.TiledWeight) -> tuple[int, int]:
     """Up to how many rows the decode kernel is the fastest, and from how many dequantized pieces are."""
     humming = isinstance(kernel, HummingNvFp4LinearKernel)
-    # Humming is as fast for 17 to 32 rows, and faster in an engine; Marlin is not.
-    decode_rows = w4a16.MAX_ROWS // 2 if humming else w4a16.MAX_ROWS
+    decode_rows = w4a16.MAX_ROWS  # Marlin is slower with all of them
+    if humming:
+        decode_rows = w4a16.rows_before_humming(weight.padded_outputs, current_platform.num_compute_units())
     if current_platform.get_device_capability() != (9, 0):  # Marlin was not measured elsewhere
         return decode_rows, sys.maxsize
     return decode_rows, w4a16.DENSE_ROWS if humming else w4a16.MARLIN_DENSE_ROWS

@@ -7,7 +7,7 @@
 // Nothing is loaded ahead of the loop but a few steps of 32 inputs, weights and activations alike, so that
 // the many small blocks of an SM hide each other's ends.
 //
-// Macros, besides those of nvfp4_tiles.cuh: TOKENS (8, 16 or 32: at least the rows of x), GROUPS (of 64
+// Macros, besides those of nvfp4_tiles.cuh: TOKENS (8, 16, 24 or 32: at least the rows of x), GROUPS (of 64
 // outputs a tile), WARPS (a group; each takes every WARPS-th step), DEPTH (steps in flight a warp, a power of
 // two), CLUSTER (1: the splits of a tile are a cluster and add up through shared memory, sm_90; 0: they add up
 // through global memory).

@@ -117,14 +117,33 @@ def plan(
     memory that a block may have. clusters: whether there are thread block clusters (sm_90 and newer).
     """
     chosen = _cut(rows, padded_outputs, padded_inputs, processors, clusters)
-    return chosen if chosen.shared_bytes <= shared_limit else dataclasses.replace(chosen, depth=2)
+    if chosen.shared_bytes <= shared_limit:
+        return chosen
+    return dataclasses.replace(chosen, depth=2, warps=min(chosen.warps, 8))
+
+
+def rows_before_humming(padded_outputs: int, processors: int) -> int:
+    """Up to how many rows `product` takes less time than Humming's kernel on Hopper (benchmarks/NOTES.md)."""
+    tiles = padded_outputs // _OUTPUT_TILE
+    return 32 if _tiles_fill(tiles, processors) else 24 if _two_blocks_fill(tiles, processors) else 16
+
+
+def _tiles_fill(tiles: int, processors: int) -> bool:
+    return tiles >= 2 * processors
+
+
+def _two_blocks_fill(tiles: int, processors: int) -> bool:
+    """Whether the GPU is filled by two blocks for each tile."""
+    return 0.8 * processors <= 2 * tiles <= processors
 
 
 def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, clusters: bool) -> Plan:
     tiles, steps = padded_outputs // _OUTPUT_TILE, padded_inputs // _INPUT_STEP
-    two_blocks_fill = 0.8 * processors <= 2 * tiles <= processors and steps <= 256
-    if rows <= 4 and not (clusters and two_blocks_fill):
-        if tiles >= 2 * processors:
+    tokens = -(-rows // 8) * 8
+    if clusters and _two_blocks_fill(tiles, processors) and steps >= 16:
+        return Plan(tokens, 1, 12 if steps > 256 or tokens == 24 else 8, 2, 0, True)
+    if rows <= 4:
+        if _tiles_fill(tiles, processors):
             rest = tiles % processors
             splits = min(8, steps, processors // rest) if rest else 1
             return Plan(8, 1, 4, splits, tiles - rest if splits > 1 else tiles, False)
@@ -139,14 +158,16 @@ def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, cl
             return uneven * idle * max(1.0, steps / (16 * warps * splits)) * (1 + 0.01 * splits)
 
         return Plan(8, 1, warps, min(candidates, key=cost), 0, False)
-    tokens = 8 if rows <= 8 else 16 if rows <= 16 else 32
     splits = min(8, max(1, processors // tiles), max(1, steps // 8))
-    if tiles >= 2 * processors:
-        return Plan(tokens, 2, 4, 1, -(-tiles // 2), False)
+    if _tiles_fill(tiles, processors):
+        if tokens == 16:
+            return Plan(16, 2, 4, 1, -(-tiles // 2), False)
+        return Plan(tokens, 4, 3, 1, -(-tiles // 4), False)
     if tiles * splits >= 0.8 * processors or splits == 8 or tiles < 2:
         return Plan(tokens, 1, 8, splits, 0, clusters and splits > 1)
     splits = min(4, max(1, 4 * processors // tiles), max(1, steps // 4))
-    return Plan(tokens, 2, 4, splits, 0, clusters and splits > 1)
+    groups = 1 if tokens == 24 else 2
+    return Plan(tokens, groups, 4, splits, 0, clusters and splits > 1)
 
 
 class _Workspaces:
@@ -214,7 +235,7 @@ def prepare(weight: TiledWeight, dtype: torch.dtype, most: int = MAX_ROWS) -> No
 
     Call it for every weight before a CUDA graph is captured. Raises KernelBuildError.
     """
-    for rows in (1, 8, 16, MAX_ROWS):
+    for rows in (1, 8, 16, 24, MAX_ROWS):
         if rows > most:
             break
         chosen = _plan_for(rows, weight)
@@ -246,11 +267,13 @@ def product(
     tiles = -(-weight.padded_outputs // (_OUTPUT_TILE * chosen.groups))
     if chosen.cluster:
         grid = (tiles, chosen.splits, 1)
-        sums = arrived = None
     else:
         grid = (chosen.whole + (tiles - chosen.whole) * chosen.splits, 1, 1)
+    needed = _sums_needed(chosen, weight)
+    sums = arrived = None
+    if needed:
         workspaces = _workspaces(x.device)
-        workspaces.reserve(_sums_needed(chosen, weight))
+        workspaces.reserve(needed)
         sums, arrived = workspaces.of(torch.cuda.current_stream(x.device))
     run(
         grid, 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
