@@ -1,6 +1,7 @@
-"""Engines in processes of their own: they start side by side and are measured one after the other.
+"""Engines in processes of their own: they start side by side, and take turns once all are up.
 
-Starting takes minutes of CPU time each; what is measured runs alone, once all that were started are up. A
+Starting takes minutes of CPU time each. What is measured runs alone, a part of one engine and then a part of
+the next: how fast a machine's cores are changes within minutes, which is not to be one engine's luck. A
 benchmark's script is run again for each engine, with ``--measure MODEL ARGUMENTS RESULT``.
 """
 
@@ -27,19 +28,38 @@ def add_measure_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", nargs=3, metavar=("MODEL", "ARGUMENTS", "RESULT"), help=argparse.SUPPRESS)
 
 
-def run_measure(given: list[str], measure: Callable[[str, dict, Callable[[], None]], Any]) -> None:
-    """In an engine's process. measure: takes model, engine arguments, and what it calls when that is up."""
+def run_measure(given: list[str], measure: Callable[[str, dict, Callable[..., None]], Any]) -> None:
+    """In an engine's process.
+
+    measure: takes model, engine arguments, and what it calls when its engine is up, and again before each part
+    that may be measured apart: that returns when it is this engine's turn. Given the `LLM`, it also keeps that
+    from going on with its requests meanwhile.
+    """
     model, engine, result = given
     result = Path(result)
+    files = str(result.with_suffix(".ready")), str(result.with_suffix(".go"))
 
-    def ready() -> None:
-        result.with_suffix(".ready").touch()
-        while not result.with_suffix(".go").exists():
-            time.sleep(0.1)
+    def turn(llm: Any = None) -> None:
+        if llm is None:
+            _wait_for_turn(*files)
+        else:
+            llm.collective_rpc(_hold, args=files)
 
     partial = result.with_suffix(".part")
-    partial.write_text(json.dumps(measure(model, json.loads(engine), ready)))
+    partial.write_text(json.dumps(measure(model, json.loads(engine), turn)))
     partial.rename(result)
+
+
+def _wait_for_turn(ready: str, go: str) -> None:
+    Path(ready).touch()
+    while not Path(go).exists():
+        time.sleep(0.02)
+    Path(go).unlink()
+
+
+def _hold(worker: Any, ready: str, go: str) -> None:
+    """In an engine's worker, which takes no step before this returns."""
+    _wait_for_turn(ready, go)
 
 
 def groups_of(gib: dict[str, float], at_once: int | None) -> list[list[str]]:
@@ -61,7 +81,7 @@ def side_by_side(
     found: Callable[[str, Any, list[str]], None],
     groups: list[list[str]] | None = None,
 ) -> list[str]:
-    """Start a group of engines (default: all), measure one after the other, then start the next.
+    """Start a group of engines (default: all), give them turns until all are measured, then start the next.
 
     found: takes a name, what it measured, and its log. An engine that fails does not keep the others from
     being measured: the end of its log is printed. Returns the names of those that failed.
@@ -83,7 +103,6 @@ def _measure_group(
 ) -> list[str]:
     results = {name: work / f"{number}-{index}.json" for index, name in enumerate(engines)}
     runs: dict[str, subprocess.Popen] = {}
-    failed = []
     try:
         for name, (model, engine) in engines.items():
             command = [sys.executable, script, "--measure", str(model), json.dumps(engine), str(results[name])]
@@ -91,30 +110,39 @@ def _measure_group(
                 runs[name] = subprocess.Popen(
                     command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                 )
-        up = [name for name in engines if _comes(results[name].with_suffix(".ready"), runs[name])]
-        for name in engines:
-            if name in up:
-                results[name].with_suffix(".go").touch()
-            log = results[name].with_suffix(".log")
-            if name in up and _comes(results[name], runs[name]):
-                found(name, json.loads(results[name].read_text()), log.read_text().splitlines())
-                _wait(runs[name])
-            else:
-                failed.append(name)
-                print(f"{name} failed:\n{log.read_text()[-6000:]}", flush=True)
-            _kill(runs[name])
+        ready, go = (
+            {name: result.with_suffix(end) for name, result in results.items()} for end in (".ready", ".go")
+        )
+        running = [name for name in engines if _comes((ready[name],), runs[name])]
+        failed = [name for name in engines if name not in running]
+        while running:
+            for name in list(running):
+                ready[name].unlink()
+                go[name].touch()
+                if _comes((ready[name], results[name]), runs[name]) and not results[name].exists():
+                    continue
+                running.remove(name)
+                if results[name].exists():
+                    log = results[name].with_suffix(".log").read_text()
+                    found(name, json.loads(results[name].read_text()), log.splitlines())
+                    _wait(runs[name])
+                else:
+                    failed.append(name)
+                _kill(runs[name])
+        for name in failed:
+            print(f"{name} failed:\n{results[name].with_suffix('.log').read_text()[-6000:]}", flush=True)
     finally:
         for run in runs.values():
             _kill(run)
     return failed
 
 
-def _comes(file: Path, run: subprocess.Popen) -> bool:
-    """Wait for a file that a process makes; False if it ends without."""
-    while not file.exists():
+def _comes(files: tuple[Path, ...], run: subprocess.Popen) -> bool:
+    """Wait for one of the files that a process makes; False if it ends without."""
+    while not any(file.exists() for file in files):
         if run.poll() is not None:
-            return file.exists()
-        time.sleep(0.1)
+            return any(file.exists() for file in files)
+        time.sleep(0.02)
     return True
 
 

@@ -3,17 +3,19 @@
     python benchmarks/serve.py [--layers 8] [--only NAME,...] [--name serve]
 
 Weights are vLLM's dummy ones, or random NVFP4 in a checkpoint; torch.compile and CUDA graphs, each engine in
-a process of its own (engines.py). Prompts of 128 random tokens, 128 tokens generated; the time is that of
-decoding alone, the difference between generating 129 tokens and one. Beside it how long kernels run in a
-step, by the same difference under a profiler: the rest of a step's time is the host's.
+a process of its own, which take turns (engines.py). Prompts of 128 random tokens, 128 tokens generated; the
+time is that of decoding, the difference between generating 129 tokens and one, the median of `ROUNDS`. Beside
+it how long kernels run in a step, by the same difference under a profiler: the rest of it is the host's.
 """
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import engines
 import kernel_time
@@ -23,6 +25,7 @@ from report import table, write
 
 BATCHES = (1, 32, 128)
 PROMPT, OUTPUT, PROFILED = 128, 128, 32
+ROUNDS = 7
 CACHED = 50_000  # tokens that a cache holds; 128 requests have 33,000
 SCALESEARCH = {"quantization": "scalesearch"}
 VARIANTS = {
@@ -37,8 +40,8 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, dict[int, float]]:
-    """Of each batch: output tokens a second, and ms of kernels a step."""
+def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str, dict[int, Any]]:
+    """Of each batch: output tokens a second, those of each round, and ms of kernels a step."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the worker
     from vllm import LLM, SamplingParams
 
@@ -51,32 +54,40 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
         compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
         **arguments,
     )
-    ready()
-    found = {"tokens_per_s": {}, "kernels_ms": {}}
+    turn()
     generator = torch.Generator().manual_seed(0)
+    prompts = {}
     for batch in BATCHES:
         tokens = torch.randint(10, 1000, (batch, PROMPT), generator=generator).tolist()
-        prompts = [{"prompt_token_ids": prompt} for prompt in tokens]
+        prompts[batch] = [{"prompt_token_ids": prompt} for prompt in tokens]
 
-        def seconds(outputs: int, prompts=prompts) -> float:
-            parameters = SamplingParams(
-                max_tokens=outputs, min_tokens=outputs, temperature=0, ignore_eos=True, detokenize=False
-            )
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            llm.generate(prompts, parameters, use_tqdm=False)
-            return time.perf_counter() - start
+    def seconds(batch: int, outputs: int) -> float:
+        parameters = SamplingParams(
+            max_tokens=outputs, min_tokens=outputs, temperature=0, ignore_eos=True, detokenize=False
+        )
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        llm.generate(prompts[batch], parameters, use_tqdm=False)
+        return time.perf_counter() - start
 
-        def kernels(outputs: int, seconds=seconds) -> float:
-            llm.collective_rpc(kernel_time.start)
-            seconds(outputs)
-            return llm.collective_rpc(kernel_time.stop)[0][0]
+    def kernels(batch: int, outputs: int) -> float:
+        llm.collective_rpc(kernel_time.start)
+        seconds(batch, outputs)
+        return llm.collective_rpc(kernel_time.stop)[0][0]
 
-        seconds(2)
-        rounds = [seconds(OUTPUT + 1) - seconds(1) for _ in range(5)]
-        found["tokens_per_s"][batch] = batch * OUTPUT / sorted(rounds)[2]
-        found["kernels_ms"][batch] = (kernels(PROFILED + 1) - kernels(1)) / PROFILED
-    return found
+    for batch in BATCHES:
+        seconds(batch, 2)
+    rounds: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    for _ in range(ROUNDS):
+        for batch, rates in rounds.items():
+            turn()
+            rates.append(batch * OUTPUT / (seconds(batch, OUTPUT + 1) - seconds(batch, 1)))
+    turn()
+    return {
+        "tokens_per_s": {batch: statistics.median(rates) for batch, rates in rounds.items()},
+        "rounds": rounds,
+        "kernels_ms": {b: (kernels(b, PROFILED + 1) - kernels(b, 1)) / PROFILED for b in BATCHES},
+    }
 
 
 def main() -> None:

@@ -4,10 +4,11 @@
     python benchmarks/serve_attention.py --cases --fixed-gib 20 --lengths 8192 32768
     python benchmarks/serve_attention.py --combine FILE ...
 
-Dummy weights, torch.compile and CUDA graphs, each engine in a process of its own (engines.py). A case is
-requests x prompt tokens; all are sent at once. The prompt's rate is that until each has its first token; the
-output's rate is from there until the first one has its `OUTPUT` tokens. How long kernels run in a step is then
-looked at in a few more, under a profiler: the rest of a step's time is the host's.
+Dummy weights, torch.compile and CUDA graphs, each engine in a process of its own, which take turns
+(engines.py). A case is requests x prompt tokens; all are sent at once. The prompt's rate is that until each has
+its first token; the output's is of a step's time from there until the first one has its `OUTPUT` tokens, the
+median of `WINDOWS` turns. How long kernels run in a step is then looked at in a few more, under a profiler: the
+rest of a step's time is the host's.
 
 With --fixed-gib all engines have the same memory for their KV cache, and besides the cases each serves as many
 requests of the given lengths at once as fit, by vLLM's own count of blocks (`Capacity`).
@@ -21,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ VARIANTS = {
 # Of a layer and token, K and V of 8 heads of 128; what is packed to 4 bits takes less than 1400.
 CACHE_BYTES = {"bf16": llama_like.CACHE_BYTES, "fp8": llama_like.CACHE_BYTES // 2}
 OUTPUT = 512
+WINDOWS = 8
+RESUMED = 6  # steps of a turn that are not timed: results that were waiting, and a GPU that was idle
 PROFILED = 24  # steps
 BATCHED = 8192  # max_num_batched_tokens
 # Steps that are measured when a batch takes long to start, and the largest batch.
@@ -105,11 +107,15 @@ def capacity(worker: Any) -> tuple[int, list[tuple[int, int | None, int]]]:
     return config.num_blocks, groups
 
 
-def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled: int = 0) -> dict[str, float]:
+def run_case(
+    llm: Any, name: str, batch: int, length: int, output: int, profiled: int = 0,
+    turn: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Rates of `batch` prompts of `length` random tokens; what kernels take of a step, over `profiled` more.
 
-    Raises Overfull where one was done before all had started, and where not all were decoded in every step
-    from there on.
+    turn: waits for this engine's turn (engines.py), before each of `WINDOWS` parts of the output. Raises
+    Overfull where one was done before all had started, and where not all were decoded in every step from
+    there on.
     """
     from vllm import SamplingParams
 
@@ -120,43 +126,56 @@ def run_case(llm: Any, name: str, batch: int, length: int, output: int, profiled
     for request in ids:
         tokens = torch.randint(10, 1000, (length,), generator=generator).tolist()
         engine.add_request(request, {"prompt_token_ids": tokens}, params)
-    counts, start, first, ends, done = {}, time.perf_counter(), None, [], False
-    while not done:
-        outputs = engine.step()
-        counts |= {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
-        done = any(count >= output for count in counts.values())
-        if first is not None:
-            if outputs:
-                ends.append(time.perf_counter())
-        elif len(counts) == batch:
-            first = time.perf_counter(), sum(counts.values())
-    end, tokens, steps = time.perf_counter(), sum(counts.values()), len(ends)
-    kernels = None
-    if profiled and steps:
-        llm.collective_rpc(kernel_time.start)
-        for _ in range(profiled):
+    counts: dict[str, int] = {}
+
+    def steps(number: int) -> None:
+        while number:
+            outputs = engine.step()
+            counts.update({output.request_id: len(output.outputs[0].token_ids) for output in outputs})
+            number -= bool(outputs)
+
+    try:
+        start = time.perf_counter()
+        while len(counts) < batch and max(counts.values(), default=0) < output:
+            steps(1)
+        prompts_s = time.perf_counter() - start
+        windows, resumed = (WINDOWS, RESUMED) if turn else (1, 0)
+        each = (output - max(counts.values())) // windows - resumed
+        if len(counts) < batch or each < 1:
+            raise Overfull(
+                f"{name}: a request had {max(counts.values())} tokens when {len(counts)} had started"
+            )
+        window_ms = []
+        for _ in range(windows):
+            if turn:
+                turn(llm)
+                steps(resumed)
+            tokens, start = sum(counts.values()), time.perf_counter()
+            steps(each)
+            window_ms.append((time.perf_counter() - start) * 1e3 / each)
+            tokens = sum(counts.values()) - tokens
+            if tokens < 0.99 * each * batch:
+                raise Overfull(f"{name}: {tokens / each:.1f} tokens a step, so requests were preempted")
+        kernels = None
+        if profiled:
+            llm.collective_rpc(kernel_time.start)
+            steps(profiled)
+            kernels, counted = llm.collective_rpc(kernel_time.stop)[0]
+    finally:
+        engine.abort_request(ids)
+        while engine.has_unfinished_requests():
             engine.step()
-        kernels, counted = llm.collective_rpc(kernel_time.stop)[0]
-    engine.abort_request(ids)
-    while engine.has_unfinished_requests():
-        engine.step()
-    if not steps:
-        raise Overfull(f"{name}: a request was done when only {len(counts)} had started")
-    tokens -= first[1]
-    if tokens < 0.99 * steps * batch:
-        raise Overfull(f"{name}: {tokens / steps:.1f} tokens a step, so requests were preempted")
-    durations = [1e3 * (after - before) for before, after in pairwise([first[0], *ends])]
+    step_ms = statistics.median(window_ms)
     return {
         "batch": batch,
-        "prompt_tokens_per_s": batch * length / (first[0] - start),
-        "output_tokens_per_s": tokens / (end - first[0]),
-        "step_ms": (end - first[0]) / steps * 1e3,
-        "median_step_ms": statistics.median(durations),
-        "longest_step_ms": max(durations),
+        "prompt_tokens_per_s": batch * length / prompts_s,
+        "output_tokens_per_s": batch / step_ms * 1e3,
+        "step_ms": step_ms,
+        "window_ms": window_ms,
     } | ({} if kernels is None else {"kernels_ms": kernels / counted})
 
 
-def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, Any]:
+def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str, Any]:
     """Runs of each case, and of each length with as many requests as fit."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the worker
     from vllm import LLM
@@ -178,17 +197,18 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
     } | arguments
     llm = LLM(model, **arguments)
     found = Capacity(*llm.collective_rpc(capacity)[0])
-    ready()
+    turn()
     run_case(llm, "warm-up", 2, 256, OUTPUT, PROFILED)
     run_case(llm, "long warm-up", 2, BATCHED + 500, 8)
     for batch in sorted({batch for batch, _ in sizes.values()}):  # kernels of vLLM's that depend on it
         run_case(llm, f"warm-up of {batch}", batch, 256, 64)
-    plan = [("cases", case, *size, OUTPUT, PROFILED) for case, size in sizes.items()]
-    plan += [("fixed", length, *found.batch(length), 0) for length in lengths]
+    plan = [("cases", case, *size, OUTPUT, PROFILED, turn) for case, size in sizes.items()]
+    plan += [("fixed", length, *found.batch(length)) for length in lengths]
     runs: dict[str, dict[Any, Any]] = {"cases": {}, "fixed": {}, "failed": {}}
-    for part, case, batch, length, *steps in plan:
+    for part, case, batch, length, *how in plan:
+        turn()
         try:
-            runs[part][case] = run_case(llm, f"{batch}x{length}", batch, length, *steps)
+            runs[part][case] = run_case(llm, f"{batch}x{length}", batch, length, *how)
         except Overfull as error:
             runs["failed"][case] = str(error)
         print(case, runs[part].get(case, runs["failed"].get(case)), flush=True)

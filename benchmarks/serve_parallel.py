@@ -2,10 +2,9 @@
 
     python benchmarks/serve_parallel.py [--layers 16] [--only NAME,...] [--linear-backend marlin]
 
-Dummy weights, torch.compile and CUDA graphs. Engines run in processes of their own (engines.py): all start side
-by side and are measured one after the other. Prompts of 1024 random tokens, all sent at once. The prompt's rate
-is that until each request has its first token, the output's that from there until the first one is done; each
-is the median of three rounds.
+Dummy weights, torch.compile and CUDA graphs. Engines run in processes of their own, which take turns
+(engines.py). Prompts of 1024 random tokens, all sent at once. The prompt's rate is that until each request has
+its first token, the output's that from there until the first one is done; each is the median of three rounds.
 """
 
 import argparse
@@ -35,7 +34,7 @@ VARIANTS = {
 DEFAULT = [name for name in VARIANTS if not name.startswith("cache")]
 
 
-def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str, Any]:
+def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str, Any]:
     """Rates of each batch, as `run_case` gives them."""
     from vllm import LLM
 
@@ -51,14 +50,19 @@ def measure(model: str, arguments: dict, ready: Callable[[], None]) -> dict[str,
         "compilation_config": {"cudagraph_capture_sizes": [1, 2, *BATCHES[1:]]},
     }
     llm = LLM(model, **{**defaults, **arguments})
-    ready()
-    engine, found = llm.llm_engine, {}
+    turn()
     for batch in BATCHES:
-        run_case(engine, f"warm-up {batch}", batch, PROMPT, 16)
-        rounds = [run_case(engine, f"{batch} {i}", batch, PROMPT, OUTPUT) for i in range(ROUNDS)]
-        found[str(batch)] = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
-        found[str(batch)]["rounds"] = rounds
-    return found
+        run_case(llm, f"warm-up {batch}", batch, PROMPT, 16)
+    rounds: dict[int, list[dict[str, Any]]] = {batch: [] for batch in BATCHES}
+    for i in range(ROUNDS):
+        for batch, runs in rounds.items():
+            turn()
+            runs.append(run_case(llm, f"{batch} {i}", batch, PROMPT, OUTPUT))
+    rates = ("batch", "prompt_tokens_per_s", "output_tokens_per_s", "step_ms")
+    return {
+        str(batch): {key: statistics.median(run[key] for run in runs) for key in rates} | {"rounds": runs}
+        for batch, runs in rounds.items()
+    }
 
 
 def main() -> None:

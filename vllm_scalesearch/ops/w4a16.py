@@ -123,9 +123,9 @@ def plan(
 
 
 def rows_before_humming(padded_outputs: int, processors: int) -> int:
-    """Up to how many rows `product` takes less time than Humming's kernel on Hopper (benchmarks/NOTES.md)."""
+    """Up to how many rows `product` takes less time than Humming's kernel (benchmarks/results/gemm.json)."""
     tiles = padded_outputs // _OUTPUT_TILE
-    return 32 if _tiles_fill(tiles, processors) else 24 if _two_blocks_fill(tiles, processors) else 16
+    return MAX_ROWS if _tiles_fill(tiles, processors) or _two_blocks_fill(tiles, processors) else MAX_ROWS // 2
 
 
 def _tiles_fill(tiles: int, processors: int) -> bool:
