@@ -329,6 +329,25 @@ def test_many_rows_by_cublas(kept):
         assert (out.double() - expected).norm() <= expected.norm() * 2**-8
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_memory_for_sums_is_taken_only_where_tiles_are_split(monkeypatch, splits):
+    """A graph that is captured can get no such memory: where none was reserved, none must be asked for."""
+    tiled, launches, asked = tile(_weight(512, 64)), [], []
+    plan = w4a16.Plan(8, 1, 4, splits, 8 if splits == 1 else 0, False)
+    sums = torch.empty(plan.splits * 512 * 8), torch.zeros(8, dtype=torch.int32)
+    workspaces = SimpleNamespace(reserve=asked.append, of=lambda stream: sums)
+    monkeypatch.setattr(w4a16, "_plan_for", lambda rows, weight: plan)
+    monkeypatch.setattr(w4a16, "_kernel_for", lambda *_: lambda *given, **how: launches.append((given, how)))
+    monkeypatch.setattr(w4a16, "_workspaces", lambda device: workspaces)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert w4a16.product(torch.zeros(3, 64, dtype=torch.bfloat16), tiled).shape == (3, 512)
+    ((given, how),) = launches
+    assert given[0] == (8 * splits, 1, 1) and how == {"cluster": False, "early": True}
+    assert asked == ([] if splits == 1 else [sums[0].numel()])
+    assert any(each is sums[0] for each in given) == any(each is sums[1] for each in given) == (splits == 2)
+
+
 def test_sums_are_fp32_while_vllm_loads_a_model() -> None:
     """Which makes the model's dtype the default one."""
     before = torch.get_default_dtype()
