@@ -1,6 +1,6 @@
 """NVFP4 linear layers on one GPU: ours beside bf16 and FP8 by cuBLAS, Marlin and Humming.
 
-    python benchmarks/gemm.py [--rows 1,4,8,16,24,32,64,128,256,1024,4096,8192]
+    python benchmarks/gemm.py [--rows 1,4,8,16,24,32,64,128,256,1024,2048,3072,4096,8192]
 
 Needs vLLM for CUDA. Shapes are those of Llama-3.1-8B. Weights rotate, so that they come from memory; the
 variants take turns in one run. As in a layer, each product stands behind another kernel, whose own time is
@@ -110,7 +110,7 @@ def measure(outputs: int, inputs: int, rows: list[int], copy_rate: float) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="1,4,8,16,24,32,64,128,256,1024,4096,8192")
+    parser.add_argument("--rows", default="1,4,8,16,24,32,64,128,256,1024,2048,3072,4096,8192")
     rows = [int(count) for count in parser.parse_args().rows.split(",")]
     from vllm.config import VllmConfig, set_current_vllm_config
 
