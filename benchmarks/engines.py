@@ -103,6 +103,7 @@ def _measure_group(
 ) -> list[str]:
     results = {name: work / f"{number}-{index}.json" for index, name in enumerate(engines)}
     runs: dict[str, subprocess.Popen] = {}
+    failed = []
     try:
         for name, (model, engine) in engines.items():
             command = [sys.executable, script, "--measure", str(model), json.dumps(engine), str(results[name])]
@@ -113,24 +114,24 @@ def _measure_group(
         ready, go = (
             {name: result.with_suffix(end) for name, result in results.items()} for end in (".ready", ".go")
         )
-        running = [name for name in engines if _comes((ready[name],), runs[name])]
-        failed = [name for name in engines if name not in running]
+        for name in engines:
+            _comes((ready[name],), runs[name])
+        running = list(engines)
         while running:
             for name in list(running):
-                ready[name].unlink()
+                ready[name].unlink(missing_ok=True)  # it has ended without
                 go[name].touch()
                 if _comes((ready[name], results[name]), runs[name]) and not results[name].exists():
                     continue
                 running.remove(name)
+                log = results[name].with_suffix(".log").read_text()
                 if results[name].exists():
-                    log = results[name].with_suffix(".log").read_text()
                     found(name, json.loads(results[name].read_text()), log.splitlines())
                     _wait(runs[name])
                 else:
                     failed.append(name)
+                    print(f"{name} failed:\n{log[-6000:]}", flush=True)
                 _kill(runs[name])
-        for name in failed:
-            print(f"{name} failed:\n{results[name].with_suffix('.log').read_text()[-6000:]}", flush=True)
     finally:
         for run in runs.values():
             _kill(run)

@@ -45,6 +45,7 @@ from vllm_scalesearch.ops.triton_pages import (
     boundary_of,
     dot,
     full_rows,
+    load_where,
     page_of,
     rounded,
 )
@@ -144,12 +145,8 @@ def _stored_keys(
     codes_ptr = pages_ptr.to(tl.pointer_type(tl.int32))
     codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + (word // PAIRS * (D // 32) + pair)[None, :]
     scales = pages_ptr + K_SCALES + (page * 4 + token % PAGE * (D // 16))[:, None] + block[None, :]
-    if MASKED or D != WIDE:
-        codes = tl.load(codes, mask=mask, other=0)
-        scales = tl.load(scales, mask=scale_mask, other=0)
-    else:
-        codes = tl.load(codes)
-        scales = tl.load(scales)
+    codes = load_where(codes, mask, MASKED or D != WIDE)
+    scales = load_where(scales, scale_mask, MASKED or D != WIDE)
     # Words (4 of a row, of each pair of blocks), blocks of a pair, bytes.
     codes = tl.reshape(_natural_bytes(codes), (TILE, 4, PAIRS, 2, 2))
     return tl.reshape(tl.permute(codes, (0, 2, 3, 1, 4)), (TILE, WIDE // 2)), scales
@@ -187,12 +184,8 @@ def _stored_values(
     codes = codes_ptr + (page + tile * (2 * D))[:, None] + word[None, :]
     at = channel % 8 * (2 * GROUPS) + channel // 16 * 2 + channel // 8 % 2
     scales = pages_ptr + V_SCALES + (page * 4 + tile * D)[None, :] + at[:, None]
-    if MASKED or D != WIDE:
-        codes = tl.load(codes, mask=mask, other=0)
-        scales = tl.load(scales, mask=scale_mask, other=0)
-    else:
-        codes = tl.load(codes)
-        scales = tl.load(scales)
+    codes = load_where(codes, mask, MASKED or D != WIDE)
+    scales = load_where(scales, scale_mask, MASKED or D != WIDE)
     # Tiles, words (chunk, lane's row and column, group), halves of a group's channels, bytes.
     codes = tl.reshape(_natural_bytes(codes), (TILE // 16, CHUNKS, 8, 4, 4, 2, 2))
     return tl.reshape(tl.permute(codes, (1, 4, 5, 2, 0, 3, 6)), (WIDE, TILE // 2)), scales

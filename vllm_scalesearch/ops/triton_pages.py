@@ -121,13 +121,15 @@ def _decoded(word, scales):
 
 
 @triton.jit
+def load_where(pointers, mask, MASKED: tl.constexpr):
+    """What lies there; MASKED: where the mask is set, and 0 elsewhere."""
+    return tl.load(pointers, mask=mask if MASKED else None, other=0 if MASKED else None)
+
+
+@triton.jit
 def page_of(table_ptr, token, keep, page_words, PAGE: tl.constexpr, MASKED: tl.constexpr):
     """Where the pages of tokens begin, in 32-bit words; MASKED: of those that are kept."""
-    if MASKED:
-        page = tl.load(table_ptr + token // PAGE, mask=keep, other=0)
-    else:
-        page = tl.load(table_ptr + token // PAGE)
-    return page.to(tl.int64) * page_words
+    return load_where(table_ptr + token // PAGE, keep, MASKED).to(tl.int64) * page_words
 
 
 @triton.jit
@@ -148,12 +150,8 @@ def _stored_rows(
         mask &= keep[:, None]
     codes = codes_ptr + (page + token % PAGE * (D // 8))[:, None] + (word // PAIRS * (D // 32) + pair)[None, :]
     scales = scales_ptr + (page * 2 + token % PAGE * (D // 32))[:, None] + pair[None, :]
-    if MASKED or D != WIDE:
-        codes = tl.load(codes, mask=mask, other=0)
-        scales = tl.load(scales, mask=mask, other=0)
-    else:
-        codes = tl.load(codes)
-        scales = tl.load(scales)
+    codes = load_where(codes, mask, MASKED or D != WIDE)
+    scales = load_where(scales, mask, MASKED or D != WIDE)
     # Words (4 of a row, of each pair of blocks), bytes, nibbles: to channels.
     values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE, 4, PAIRS, 4, 2))
     values = tl.reshape(tl.permute(values, (0, 2, 4, 1, 3)), (TILE, WIDE))
@@ -189,12 +187,8 @@ def _stored_columns(
     tile = token % PAGE // 16
     codes = codes_ptr + (page + tile * (2 * D))[:, None] + word[None, :]
     scales = scales_ptr + (page * 2 + tile * (D // 2))[:, None] + (lane // 4 * GROUPS + group)[None, :]
-    if MASKED or D != WIDE:
-        codes = tl.load(codes, mask=mask, other=0)
-        scales = tl.load(scales, mask=mask, other=0)
-    else:
-        codes = tl.load(codes)
-        scales = tl.load(scales)
+    codes = load_where(codes, mask, MASKED or D != WIDE)
+    scales = load_where(scales, mask, MASKED or D != WIDE)
     # Tiles, words (chunk, lane's row and column, group), bytes, nibbles: to channels and tokens.
     values = tl.reshape(_decoded(codes, scales.to(tl.int32)), (TILE // 16, CHUNKS, 8, 4, CHUNK, 4, 2))
     values = tl.reshape(tl.permute(values, (1, 4, 6, 2, 0, 3, 5)), (WIDE, TILE))

@@ -123,9 +123,11 @@ def plan(
 
 
 def rows_before_humming(padded_outputs: int, processors: int) -> int:
-    """Up to how many rows `product` takes less time than Humming's kernel (benchmarks/results/gemm.json)."""
+    """Up to how many rows `product` is clearly faster than Humming's kernel (benchmarks/results/gemm.json)."""
     tiles = padded_outputs // _OUTPUT_TILE
-    return MAX_ROWS if _tiles_fill(tiles, processors) or _two_blocks_fill(tiles, processors) else MAX_ROWS // 2
+    if _tiles_fill(tiles, processors):
+        return 32
+    return 24 if _two_blocks_fill(tiles, processors) else 16
 
 
 def _tiles_fill(tiles: int, processors: int) -> bool:
