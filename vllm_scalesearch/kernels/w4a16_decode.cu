@@ -7,10 +7,13 @@
 // Nothing is loaded ahead of the loop but a few steps of 32 inputs, weights and activations alike, so that
 // the many small blocks of an SM hide each other's ends.
 //
+// A small product takes little longer than what precedes its first load and follows its last: so there are few
+// instructions in front of the first load, no division among them, and what the end needs is asked for early.
+//
 // Macros, besides those of nvfp4_tiles.cuh: TOKENS (8, 16, 24 or 32: at least the rows of x), GROUPS (of 64
-// outputs a tile), WARPS (a group; each takes every WARPS-th step), DEPTH (steps in flight a warp, a power of
-// two), CLUSTER (1: the splits of a tile are a cluster and add up through shared memory, sm_90; 0: they add up
-// through global memory).
+// outputs a tile), WARPS (a group; each takes every WARPS-th step), DEPTH (steps in flight a warp), SPLITS (of the
+// inputs, each a block's), CLUSTER (1: the splits of a tile are a cluster and add up through shared memory,
+// sm_90; 0: they add up through global memory).
 
 #include "nvfp4_tiles.cuh"
 
@@ -22,7 +25,17 @@ constexpr int STEP = 1152;  // bytes of 32 inputs by 64 outputs
 constexpr int SCALE_PAIRS = 512;  // bytes: the scales of a step as registers of two
 constexpr int X_STRIDE = 80;  // bytes of a token's 32 activations; a fragment load meets all banks
 constexpr int X_STEP = TOKENS * X_STRIDE;
-constexpr int SUM_STRIDE = ROWS + 4;  // floats from token to token; the 4 keeps stores off each other's banks
+constexpr int PAIRS = TOKENS / 2;  // of tokens, as the products' results lie
+constexpr int PAIR_STRIDE = PAIRS + 1;  // pairs from output to output in a warp's sums; odd, for the banks' sake
+constexpr int RING_BYTES = WARPS * (DEPTH * (GROUPS * STEP + X_STEP) + GROUPS * SCALE_PAIRS);
+constexpr int SUM_BYTES = WARPS * ROWS * PAIR_STRIDE * 8;
+// What a block needs at its end lies behind the ring: bias, the tokens' factors, then what its cluster sends.
+constexpr int BIAS_AT = (RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES) + 15 & ~15;
+constexpr int FACTORS_AT = BIAS_AT + ROWS * 4;
+constexpr int BARRIER_AT = FACTORS_AT + TOKENS * 4;
+constexpr int RECEIVED_AT = BARRIER_AT + 16;
+constexpr int OWNED = (ROWS + SPLITS - 1) / SPLITS;  // outputs of a tile that a block of a cluster adds up
+static_assert(THREADS >= ROWS && THREADS >= TOKENS, "a thread for each output's bias and each token's factor");
 
 __device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
@@ -69,206 +82,259 @@ __device__ __forceinline__ void synchronize(int warp) {
 // x: (tokens, inputs) 16-bit, rows x_stride apart, 16-byte aligned. codes, scales: padded_inputs (a
 // multiple of 32) by padded_outputs (of 64). out: (tokens, outputs), a row of it x * W^T * tensor_scale *
 // factor * the row's row_scale + bias, in fp32 up to the end; bias and row_scale (tokens) may be null.
-// CLUSTER: grid (tiles, splits of the inputs), tiles = ceil(padded_outputs / ROWS). Otherwise the first
-// `whole` tiles are a block's each, and the rest `splits` blocks', in one dimension: the remainder that
-// does not fill the GPU is dealt out evenly. Shared memory: the larger of WARPS * DEPTH *
-// (GROUPS * STEP + X_STEP) + WARPS * GROUPS * 512 and WARPS * TOKENS * SUM_STRIDE * 4.
-// partial: splits * ROWS * TOKENS floats a tile that is not whole; arrived: a zero for each, left zero.
+// CLUSTER: grid (tiles, SPLITS), tiles = ceil(padded_outputs / ROWS). Otherwise the first `whole` tiles are
+// a block's each, and the rest SPLITS blocks', in one dimension: the remainder that does not fill the GPU is
+// dealt out evenly. split_steps: ceil(padded_inputs / 32 / SPLITS). Shared memory: BARRIER_AT bytes, with
+// CLUSTER RECEIVED_AT + SPLITS * OWNED * PAIRS * 8.
+// partial: SPLITS * ROWS * TOKENS floats a tile that is not whole; arrived: a zero for each, left zero.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_decode(
     const u16* __restrict__ x, const unsigned char* __restrict__ codes,
     const unsigned char* __restrict__ scales, const float* __restrict__ tensor_scale,
     const u16* __restrict__ bias, const float* __restrict__ row_scale, u16* __restrict__ out,
-    float* __restrict__ partial,
+    float2* __restrict__ partial,
     int* __restrict__ arrived, float factor, int tokens, int outputs, int inputs, int x_stride,
-    int padded_outputs, int padded_inputs, int whole, int tail_splits)
+    int padded_outputs, int padded_inputs, int whole, int split_steps)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS, group = threadIdx.x / (32 * WARPS);
-#if CLUSTER
-    const int splits = gridDim.y, split = blockIdx.y, block_tile = blockIdx.x;
-#else
-    const int rest = (int)blockIdx.x - whole;
-    const int splits = rest < 0 ? 1 : tail_splits;
-    const int split = rest < 0 ? 0 : rest % tail_splits;
-    const int block_tile = rest < 0 ? blockIdx.x : whole + rest / tail_splits;
-#endif
-    const int all_steps = padded_inputs / 32;
-    const int first_step = all_steps * split / splits + warp;
-    const int step_count = (all_steps * (split + 1) / splits - first_step + WARPS - 1) / WARPS;
+    const int lane = threadIdx.x % 32, all_warps = threadIdx.x / 32;
+    const int group = GROUPS == 1 ? 0 : all_warps / WARPS, warp = GROUPS == 1 ? all_warps : all_warps % WARPS;
+    int block_tile = blockIdx.x, split = blockIdx.y;
+    bool alone = SPLITS == 1;
+    int first_step = warp, last_step = padded_inputs / 32;
+    if (SPLITS > 1) {
+        if (!CLUSTER) {
+            const int rest = (int)blockIdx.x - whole;
+            alone = rest < 0;
+            split = alone ? 0 : rest % SPLITS;
+            block_tile = alone ? blockIdx.x : whole + rest / SPLITS;
+        }
+        if (!alone) {
+            first_step += split * split_steps;
+            last_step = min(last_step, (split + 1) * split_steps);
+        }
+    }
     // Of 64 outputs; a block's last groups may lie past the end and then repeat the last one.
-    const int tile = min(block_tile * GROUPS + group, padded_outputs / 64 - 1);
+    const int tile = GROUPS == 1 ? block_tile : min(block_tile * GROUPS + group, padded_outputs / 64 - 1);
 
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     const u32 weight_ring = base + (group * WARPS + warp) * (DEPTH * STEP);
-    const u32 x_ring = base + GROUPS * WARPS * (DEPTH * STEP + SCALE_PAIRS) + warp * (DEPTH * X_STEP);
-    uint4* scale_ring = (uint4*)(shared + GROUPS * WARPS * DEPTH * STEP + (group * WARPS + warp) * SCALE_PAIRS);
-    const long long advance = 2ll * WARPS * padded_outputs;
     const unsigned char* codes_from = codes + 16ll * first_step * padded_outputs + tile * 512 + lane * 16;
     const unsigned char* scales_from = scales + (2ll * first_step + lane / 16) * padded_outputs + tile * 64
         + lane % 16 * 4;
     const int code_row = 8 * padded_outputs;
+    const long long codes_advance = 16ll * WARPS * padded_outputs, scales_advance = 2ll * WARPS * padded_outputs;
+
+    auto load_weights = [&](int step, u32 slot) {
+        if (step < last_step) {
+            copy16(slot + lane * 16, codes_from);
+            copy16(slot + 512 + lane * 16, codes_from + code_row);
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(slot + 1024 + lane * 4), "l"(scales_from));
+        }
+        codes_from += codes_advance;
+        scales_from += scales_advance;
+    };
+    #pragma unroll
+    for (int slot = 0; slot < DEPTH - 1; ++slot) load_weights(first_step + slot * WARPS, weight_ring + slot * STEP);
+
+#if CLUSTER
+    const u32 barrier = base + BARRIER_AT;
+    const int owned = min(ROWS - split * OWNED, OWNED);
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" :: "r"(barrier) : "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                     :: "r"(barrier), "r"(owned * ((tokens + 1) / 2) * 8 * (SPLITS - 1)) : "memory");
+    }
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
     // Four lanes copy a token's 32 inputs; the groups share out the tokens.
+    const u32 x_ring = base + GROUPS * WARPS * (DEPTH * STEP + SCALE_PAIRS) + warp * (DEPTH * X_STEP);
     const int x_token = group * 8 + lane / 4;
+    const u32 x_to = x_token * X_STRIDE + lane % 4 * 16;
     int input = first_step * 32 + lane % 4 * 8;
     const u16* x_from = x + (long long)x_token * x_stride + input;
-    const u32 x_to = x_ring + x_token * X_STRIDE + lane % 4 * 16;
-
-    auto load_weights = [&](int step, int slot) {
-        if (step < step_count) {
-            const u32 to = weight_ring + slot * STEP;
-            copy16(to + lane * 16, codes_from);
-            copy16(to + 512 + lane * 16, codes_from + code_row);
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to + 1024 + lane * 4), "l"(scales_from));
-        }
-        codes_from += 8 * advance;
-        scales_from += advance;
-    };
-    auto load_x = [&](int step, int slot) {
-        if (step < step_count) {
+    auto load_x = [&](int step, u32 slot) {
+        if (step < last_step) {
             #pragma unroll
             for (int t = 0; t < TOKENS; t += 8 * GROUPS)
                 if (x_token + t < tokens)  // nothing is read past the inputs: those become zeros
                     asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
-                                 :: "r"(x_to + slot * X_STEP + t * X_STRIDE),
+                                 :: "r"(slot + x_to + t * X_STRIDE),
                                     "l"(x_from + (long long)t * x_stride), "r"(input < inputs ? 16 : 0));
         }
         input += WARPS * 32;
         x_from += WARPS * 32;
     };
-    #pragma unroll
-    for (int slot = 0; slot < DEPTH - 1; ++slot) load_weights(slot, slot);
+    const float tensor_factor = factor * __ldg(tensor_scale);
+    const int own_output = block_tile * ROWS + threadIdx.x;
+    u16 own_bias = 0;
+    if (bias != nullptr && threadIdx.x < ROWS && own_output < outputs) own_bias = __ldg(bias + own_output);
 #if __CUDA_ARCH__ >= 900
     // The weights do not depend on the kernel before this one; all else does.
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     #pragma unroll
     for (int slot = 0; slot < DEPTH - 1; ++slot) {
-        load_x(slot, slot);
+        load_x(first_step + slot * WARPS, x_ring + slot * X_STEP);
         // The first group holds the weights of all these steps: they were asked for before any x.
         asm volatile("cp.async.commit_group;");
     }
+    float own_factor = 1.0f;
+    if (row_scale != nullptr && threadIdx.x < tokens) own_factor = row_scale[threadIdx.x];
 
-    // Columns of a product do not mix: where there is no token, any row will do and is not written.
-    u32 column[TOKEN_TILES];
-    #pragma unroll
-    for (int n = 0; n < TOKEN_TILES; ++n)
-        column[n] = x_ring + min(n * 8 + lane % 8, tokens - 1) * X_STRIDE + lane / 8 * 16;
-    const unsigned char* codes_at = shared + (weight_ring - base) + lane * 16;
-    const unsigned char* scales_at = shared + (weight_ring - base) + 1024 + lane * 4;
+    const unsigned char* const codes_at = shared + (group * WARPS + warp) * (DEPTH * STEP) + lane * 16;
+    uint4* const scale_pairs_at = (uint4*)(shared + GROUPS * WARPS * DEPTH * STEP + (group * WARPS + warp) * SCALE_PAIRS);
+    // Columns of a product do not mix: what lies where there is no token is not written.
+    const u32 column = lane % 8 * X_STRIDE + lane / 8 * 16;
     const u32 one = tokens > 0;
     float acc[4][TOKEN_TILES][4] = {};
-    for (int first = 0; first < step_count; first += DEPTH) {
+    u32 next_slot = 0, last_slot = DEPTH - 1;
+    #pragma unroll 1
+    for (int step = first_step; step < last_step;) {
         #pragma unroll
-        for (int slot = 0; slot < DEPTH; ++slot) {
-            if (first + slot >= step_count) break;
-            asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
-            // This step has arrived for all, and all have read the slot that is loaded next.
-            synchronize(warp);
-            load_weights(first + slot + DEPTH - 1, (slot + DEPTH - 1) % DEPTH);
-            load_x(first + slot + DEPTH - 1, (slot + DEPTH - 1) % DEPTH);
-            asm volatile("cp.async.commit_group;");
-            // Four lanes need the same scales: each converts the four that it copied, for all.
-            scale_ring[lane] = scale_pairs(*(const u32*)(scales_at + slot * STEP), one);
-            __syncwarp();
-            u32 b[TOKEN_TILES][4];
+        for (int i = 0; i < UNROLLED; ++i, step += WARPS) {
+        if (i > 0 && step >= last_step) break;
+        const u32 slot = UNROLLED == DEPTH ? i : next_slot, free_slot = UNROLLED == DEPTH ? (i + DEPTH - 1) % DEPTH : last_slot;
+        asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
+        // This step has arrived for all, and all have read the slot that is loaded next.
+        synchronize(warp);
+        load_weights(step + (DEPTH - 1) * WARPS, weight_ring + free_slot * STEP);
+        load_x(step + (DEPTH - 1) * WARPS, x_ring + free_slot * X_STEP);
+        asm volatile("cp.async.commit_group;");
+        const unsigned char* const codes_here = codes_at + slot * STEP;
+        // Four lanes need the same scales: each converts the four that it copied, for all.
+        scale_pairs_at[lane] = scale_pairs(*(const u32*)(codes_here + 1024 - lane * 12), one);
+        __syncwarp();
+        u32 b[TOKEN_TILES][4];
+        #pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3])
+                         : "r"(x_ring + column + slot * X_STEP + n * (8 * X_STRIDE)) : "memory");
+        #pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4 quads = *(const uint4*)(codes_here + half * 512);
+            const uint4 scale_quads[2] = {
+                scale_pairs_at[half * 16 + lane / 4 * 2], scale_pairs_at[half * 16 + lane / 4 * 2 + 1]};
+            const u32 words[4] = {quads.x, quads.y, quads.z, quads.w};
             #pragma unroll
-            for (int n = 0; n < TOKEN_TILES; ++n)
-                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3])
-                             : "r"(column[n] + slot * X_STEP) : "memory");
-            #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint4 quads = *(const uint4*)(codes_at + slot * STEP + half * 512);
-                const uint4 scale_quads[2] = {scale_ring[half * 16 + lane / 4 * 2], scale_ring[half * 16 + lane / 4 * 2 + 1]};
-                const u32 words[4] = {quads.x, quads.y, quads.z, quads.w};
+            for (int j = 0; j < 4; ++j) {
+                const u32 low = j % 2 ? scale_quads[j / 2].z : scale_quads[j / 2].x;
+                const u32 high = j % 2 ? scale_quads[j / 2].w : scale_quads[j / 2].y;
+                u32 a[4];
+                elements(a, words[j], one);
+                a[0] = multiply(a[0], low);
+                a[1] = multiply(a[1], high);
+                a[2] = multiply(a[2], low);
+                a[3] = multiply(a[3], high);
                 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const u32 low = j % 2 ? scale_quads[j / 2].z : scale_quads[j / 2].x;
-                    const u32 high = j % 2 ? scale_quads[j / 2].w : scale_quads[j / 2].y;
-                    u32 a[4];
-                    elements(a, words[j], one);
-                    a[0] = multiply(a[0], low);
-                    a[1] = multiply(a[1], high);
-                    a[2] = multiply(a[2], low);
-                    a[3] = multiply(a[3], high);
-                    #pragma unroll
-                    for (int n = 0; n < TOKEN_TILES; ++n) product(acc[j][n], a, b[n][2 * half], b[n][2 * half + 1]);
-                }
+                for (int n = 0; n < TOKEN_TILES; ++n) product(acc[j][n], a, b[n][2 * half], b[n][2 * half + 1]);
             }
+        }
+        last_slot = slot;
+        next_slot = slot + 1 == DEPTH ? 0 : slot + 1;
         }
     }
 
     // Sum over warps and splits in a fixed order, so that results do not vary from run to run.
+    float* const block_bias = (float*)(shared + BIAS_AT);
+    float* const factors = (float*)(shared + FACTORS_AT);
+    if (threadIdx.x < ROWS) block_bias[threadIdx.x] = to_float(own_bias);
+    if (threadIdx.x < TOKENS) factors[threadIdx.x] = tensor_factor * own_factor;
     __syncthreads();
-    float* sums = (float*)shared;
+    float2* const sums = (float2*)shared;
     #pragma unroll
     for (int j = 0; j < 4; ++j)
         #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n)
             #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = group * 64 + j * 16 + lane / 4 + i / 2 * 8, token = n * 8 + lane % 4 * 2 + i % 2;
-                sums[(warp * TOKENS + token) * SUM_STRIDE + row] = acc[j][n][i];
+            for (int i = 0; i < 2; ++i) {
+                const int row = group * 64 + j * 16 + lane / 4 + i * 8, pair = n * 4 + lane % 4;
+                sums[(warp * ROWS + row) * PAIR_STRIDE + pair] = make_float2(acc[j][n][2 * i], acc[j][n][2 * i + 1]);
             }
     __syncthreads();
-    factor *= tensor_scale[0];
-    auto block_sum = [&](int e) {
-        float sum = 0.0f;
+    auto block_sum = [&](int row, int pair) {
+        float2 sum = sums[row * PAIR_STRIDE + pair];
         #pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += sums[(w * TOKENS + e / ROWS) * SUM_STRIDE + e % ROWS];
+        for (int w = 1; w < WARPS; ++w) {
+            const float2 more = sums[(w * ROWS + row) * PAIR_STRIDE + pair];
+            sum.x += more.x, sum.y += more.y;
+        }
         return sum;
     };
-    auto write = [&](int e, float sum) {
-        const int token = e / ROWS, row = block_tile * ROWS + e % ROWS;
-        if (row < outputs) {
-            sum *= row_scale == nullptr ? factor : factor * row_scale[token];
-            if (bias != nullptr) sum += to_float(bias[row]);
-            out[(long long)token * outputs + row] = from_float(sum);
-        }
+    auto write = [&](int row, int pair, float2 sum) {
+        const int output = block_tile * ROWS + row;
+        if (output >= outputs) return;
+        u16* const to = out + (long long)(2 * pair) * outputs + output;
+        to[0] = from_float(sum.x * factors[2 * pair] + block_bias[row]);
+        if (2 * pair + 1 < tokens) to[outputs] = from_float(sum.y * factors[2 * pair + 1] + block_bias[row]);
     };
-    if (splits == 1) {
-        for (int e = threadIdx.x; e < ROWS * tokens; e += THREADS) write(e, block_sum(e));
+    const int pairs = (tokens + 1) / 2;
+    if (alone) {
+        #pragma unroll 1
+        for (int e = threadIdx.x; e < ROWS * pairs; e += THREADS)
+            write(e % ROWS, e / ROWS, block_sum(e % ROWS, e / ROWS));
         return;
     }
 #if CLUSTER
-    for (int e = threadIdx.x; e < ROWS * tokens; e += THREADS)
-        sums[e / ROWS * SUM_STRIDE + e % ROWS] = block_sum(e);
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-    for (int e = threadIdx.x + THREADS * split; e < ROWS * tokens; e += THREADS * splits) {
-        const u32 here = (u32)__cvta_generic_to_shared(sums + e / ROWS * SUM_STRIDE + e % ROWS);
-        float parts[8];
-        #pragma unroll
-        for (int s = 0; s < 8; ++s)
-            if (s < splits) {
-                u32 there;
-                asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(s));
-                asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(parts[s]) : "r"(there));
-            }
-        float sum = 0.0f;
-        #pragma unroll
-        for (int s = 0; s < 8; ++s)
-            if (s < splits) sum += parts[s];
-        write(e, sum);
+    // Each block sends the others what is theirs to add up; a copy for each split, so that the order is fixed.
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all barriers are there
+    #pragma unroll 1
+    for (int e = threadIdx.x; e < ROWS * pairs; e += THREADS) {
+        const int row = e % ROWS, pair = e / ROWS, owner = row / OWNED;
+        const float2 sum = block_sum(row, pair);
+        const u32 to = base + RECEIVED_AT + ((split * OWNED + row % OWNED) * PAIRS + pair) * 8;
+        if (owner == split) {
+            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(sum.x), "f"(sum.y) : "memory");
+        } else {
+            u32 there, counted;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(owner));
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(barrier), "r"(owner));
+            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                         :: "r"(there), "f"(sum.x), "f"(sum.y), "r"(counted) : "memory");
+        }
     }
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    __syncthreads();
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+        "@!done bra again;}" :: "r"(barrier) : "memory");
+    const float2* const received = (const float2*)(shared + RECEIVED_AT);
+    #pragma unroll 1
+    for (int e = threadIdx.x; e < OWNED * pairs; e += THREADS) {
+        const int row = e % OWNED, pair = e / OWNED;
+        if (row >= owned) continue;
+        float2 sum = received[row * PAIRS + pair];
+        #pragma unroll
+        for (int s = 1; s < SPLITS; ++s) {
+            const float2 more = received[(s * OWNED + row) * PAIRS + pair];
+            sum.x += more.x, sum.y += more.y;
+        }
+        write(split * OWNED + row, pair, sum);
+    }
 #else
-    float* parts = partial + (long long)(block_tile - whole) * splits * (ROWS * TOKENS);
-    for (int e = threadIdx.x; e < ROWS * tokens; e += THREADS)
-        __stcg(parts + split * (ROWS * TOKENS) + e, block_sum(e));
+    float2* const parts = partial + (long long)(block_tile - whole) * (SPLITS * ROWS * PAIRS);
+    #pragma unroll 1
+    for (int e = threadIdx.x; e < ROWS * pairs; e += THREADS)
+        __stcg(parts + split * (ROWS * PAIRS) + e, block_sum(e % ROWS, e / ROWS));
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        const bool last = atomicAdd(arrived + block_tile - whole, 1) == splits - 1;
+        const bool last = atomicAdd(arrived + block_tile - whole, 1) == SPLITS - 1;
         if (last) arrived[block_tile - whole] = 0;
         *(int*)sums = last;
     }
     __syncthreads();
     if (!*(int*)sums) return;
     __threadfence();
-    for (int e = threadIdx.x; e < ROWS * tokens; e += THREADS) {
-        float sum = 0.0f;
-        for (int s = 0; s < splits; ++s) sum += __ldcg(parts + s * (ROWS * TOKENS) + e);
-        write(e, sum);
+    #pragma unroll 1
+    for (int e = threadIdx.x; e < ROWS * pairs; e += THREADS) {
+        float2 sum = __ldcg(parts + e);
+        #pragma unroll
+        for (int s = 1; s < SPLITS; ++s) {
+            const float2 more = __ldcg(parts + s * (ROWS * PAIRS) + e);
+            sum.x += more.x, sum.y += more.y;
+        }
+        write(e % ROWS, e / ROWS, sum);
     }
 #endif
 }

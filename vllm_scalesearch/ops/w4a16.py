@@ -92,19 +92,23 @@ class Plan:
     whole: int
     cluster: bool
     depth: int = 4
+    unrolled: int = 1
 
     def defines(self, dtype: torch.dtype, encoding: int) -> tuple[str, ...]:
         """Macros of the kernel."""
         return (
             f"HALF={int(dtype == torch.float16)}", f"TOKENS={self.tokens}", f"GROUPS={self.groups}",
-            f"WARPS={self.warps}", f"DEPTH={self.depth}", f"SCALES={encoding}", f"CLUSTER={int(self.cluster)}",
+            f"WARPS={self.warps}", f"DEPTH={self.depth}", f"SPLITS={self.splits}", f"SCALES={encoding}",
+            f"CLUSTER={int(self.cluster)}", f"UNROLLED={self.unrolled}",
         )  # fmt: skip
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
+        outputs, pairs = _OUTPUT_TILE * self.groups, self.tokens // 2
         ring = self.warps * (self.depth * (self.groups * 1152 + self.tokens * 80) + self.groups * 512)
-        return max(ring, self.warps * self.tokens * (64 * self.groups + 4) * 4)
+        needed = -(-max(ring, self.warps * outputs * (pairs + 1) * 8) // 16) * 16 + (outputs + self.tokens) * 4
+        return needed + (16 + self.splits * -(-outputs // self.splits) * pairs * 8 if self.cluster else 0)
 
 
 @functools.cache
@@ -119,7 +123,10 @@ def plan(
     chosen = _cut(rows, padded_outputs, padded_inputs, processors, clusters)
     if chosen.shared_bytes <= shared_limit:
         return chosen
-    return dataclasses.replace(chosen, depth=2, warps=min(chosen.warps, 8))
+    chosen = dataclasses.replace(chosen, depth=2, warps=min(chosen.warps, 8))
+    if chosen.shared_bytes <= shared_limit:
+        return chosen
+    return dataclasses.replace(chosen, groups=2, warps=4, whole=-(-padded_outputs // (2 * _OUTPUT_TILE)))
 
 
 def rows_before_humming(padded_outputs: int, processors: int) -> int:
@@ -281,7 +288,7 @@ def product(
         grid, 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
         x, weight.codes, weight.scales, weight.tensor_scale, bias, row_scale, out, sums, arrived,
         weight.multiplier, rows, weight.outputs, weight.inputs, x.stride(0), weight.padded_outputs,
-        weight.padded_inputs, chosen.whole, chosen.splits,
+        weight.padded_inputs, chosen.whole, -(-weight.padded_inputs // _INPUT_STEP // chosen.splits),
         cluster=chosen.cluster, early=torch.cuda.get_device_capability(x.device)[0] >= 9,
     )  # fmt: skip
     return out
