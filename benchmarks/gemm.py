@@ -1,8 +1,8 @@
 """NVFP4 linear layers on one GPU: ours beside bf16 and FP8 by cuBLAS, Marlin and Humming.
 
-    python benchmarks/gemm.py [--rows 1,4,8,16,24,32,64,128,256,1024,2048,3072,4096,8192]
+    python benchmarks/gemm.py [--rows 1,4,8,16,24,32,64,128,256,1024,2048,3072,4096,8192] [--shapes 6144x4096,...]
 
-Needs vLLM for CUDA. Shapes are those of Llama-3.1-8B. Weights rotate, so that they come from memory; the
+Needs vLLM for CUDA. Shapes, outputs x inputs, are those of Llama-3.1-8B by default. Weights rotate, so that they come from memory; the
 variants take turns in one run. As in a layer, each product stands behind another kernel, whose own time is
 taken off: one that may begin while its twin in front ends would look faster than it is. Humming compiles its
 kernels at first use, about a minute a shape.
@@ -18,7 +18,7 @@ from vllm_scalesearch.formats import QuantizedTensor
 from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.search import quantize
 
-SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # outputs, inputs
+SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"
 GOAL_ROWS = (1, 4, 8, 16, 32)  # of the mean gain
 
 
@@ -111,12 +111,16 @@ def measure(outputs: int, inputs: int, rows: list[int], copy_rate: float) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="1,4,8,16,24,32,64,128,256,1024,2048,3072,4096,8192")
-    rows = [int(count) for count in parser.parse_args().rows.split(",")]
+    parser.add_argument("--shapes", default=SHAPES, help="outputs x inputs, multiples of 64")
+    parser.add_argument("--name", default="gemm", help="of the file under results/")
+    arguments = parser.parse_args()
+    rows = [int(count) for count in arguments.rows.split(",")]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     from vllm.config import VllmConfig, set_current_vllm_config
 
     copy_rate = copy_bandwidth()
     with set_current_vllm_config(VllmConfig()):
-        found = [line for shape in SHAPES for line in measure(*shape, rows, copy_rate)]
+        found = [line for shape in shapes for line in measure(*shape, rows, copy_rate)]
     names = ["bf16 cuBLAS", "fp8 cuBLAS", "Marlin", "Humming", "ours", "dequantize, cuBLAS"]
     header = ["N x K", "rows", *names, "limit", "ours/limit", "best NVFP4 peer/ours"]
     lines, gains = [], []
@@ -140,12 +144,14 @@ def main() -> None:
             ]
         )
     table(header, lines)
-    mean = float(torch.tensor(gains).log().mean().exp())
-    print(
-        f"copy {copy_rate / 1e12:.2f} TB/s; geometric mean of the best NVFP4 peer over ours, "
-        f"{', '.join(map(str, GOAL_ROWS))} rows: {mean:.3f}"
-    )
-    write("gemm", {"copy_bytes_per_s": copy_rate, "mean_gain": mean, "times": found})
+    mean = float(torch.tensor(gains).log().mean().exp()) if gains else None
+    print(f"copy {copy_rate / 1e12:.2f} TB/s")
+    if mean:
+        print(
+            "geometric mean of the best NVFP4 peer over ours, "
+            f"{', '.join(str(count) for count in GOAL_ROWS if count in rows)} rows: {mean:.3f}"
+        )
+    write(arguments.name, {"copy_bytes_per_s": copy_rate, "mean_gain": mean, "times": found})
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ class _DecodeProduct(_VllmKernelProduct):
         self.alpha = self.weight.multiplier * float(tensor_scale)
         self.decode_rows, self.dense_rows = _measured_rows(self.kernel, self.weight)
         dense = self.dense_rows < sys.maxsize
-        w4a16.prepare(self.weight, layer.params_dtype, self.decode_rows)
+        w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
             "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel, as measured fastest there, "
             "on %s's copy of the weights; more by that%s",
@@ -383,13 +383,10 @@ torch.library.register_fake("vllm_scalesearch::linear", _linear_fake, lib=_LIB)
 
 def _measured_rows(kernel, weight: w4a16.TiledWeight) -> tuple[int, int]:
     """Up to how many rows the decode kernel is the fastest, and from how many dequantized pieces are."""
+    if current_platform.get_device_capability() != (9, 0):  # not measured elsewhere
+        return w4a16.MAX_ROWS, sys.maxsize
     humming = isinstance(kernel, HummingNvFp4LinearKernel)
-    decode_rows = w4a16.MAX_ROWS  # Marlin is slower with all of them
-    if humming:
-        decode_rows = w4a16.rows_before_humming(weight.padded_outputs, current_platform.num_compute_units())
-    if current_platform.get_device_capability() != (9, 0):  # Marlin was not measured elsewhere
-        return decode_rows, sys.maxsize
-    return decode_rows, w4a16.DENSE_ROWS if humming else w4a16.MARLIN_DENSE_ROWS
+    return w4a16.MAX_ROWS, w4a16.DENSE_ROWS if humming else w4a16.MARLIN_DENSE_ROWS
 
 
 def _decode_reads(kernel) -> bool:

@@ -28,17 +28,25 @@ constexpr int MAGNITUDE_BIT = 6, SCALE_SHIFT = 4;
 constexpr u32 SCALE_EXPONENT = SCALES == 0 ? 0x77807780u : SCALES == 2 ? 0x70007000u : 0;
 #endif
 
+// Shifts as multiplications, by values that the compiler does not know, made of a 1 of the same kind: those run
+// beside the integer pipe, which limits the kernels.
+struct Shifts {
+    u32 magnitude, second, third, scale;
+};
+
+__device__ __forceinline__ Shifts shifts_of(u32 one) {
+    return {one << MAGNITUDE_BIT, one << (HALF ? 1 : 4), one << (MAGNITUDE_BIT - 4), one << SCALE_SHIFT};
+}
+
 // The eight elements of a word as the four registers of a fragment: element * 2^-126 (bf16) or
 // element * 2^-14 (fp16). A nibble's sign is the bit above its magnitude; adding ones from there up to
-// bit 14 carries a set sign into bit 15, and the mask drops the ones that an unset sign leaves. The shifts
-// are multiplications by `one` = 1, whose value the compiler does not know: those run beside the integer
-// pipe, which limits this kernel.
-__device__ __forceinline__ void elements(u32 (&a)[4], u32 word, u32 one) {
+// bit 14 carries a set sign into bit 15, and the mask drops the ones that an unset sign leaves.
+__device__ __forceinline__ void elements(u32 (&a)[4], u32 word, const Shifts& by) {
     const u32 ones = HALF ? 0x70007000u : 0x7E007E00u;
     const u32 right = word >> (12 - MAGNITUDE_BIT);
-    a[0] = (word & 0x000F000Fu) * (one << MAGNITUDE_BIT) + ones & (MAGNITUDE | SIGN);
-    a[1] = (HALF ? (word & 0x0F000F00u) * (one << 1) : (right & 0x003C003Cu) * (one << 4)) + ones & (MAGNITUDE | SIGN);
-    a[2] = (word & 0x00F000F0u) * (one << (MAGNITUDE_BIT - 4)) + ones & (MAGNITUDE | SIGN);
+    a[0] = (word & 0x000F000Fu) * by.magnitude + ones & (MAGNITUDE | SIGN);
+    a[1] = (HALF ? (word & 0x0F000F00u) * by.second : (right & 0x003C003Cu) * by.second) + ones & (MAGNITUDE | SIGN);
+    a[2] = (word & 0x00F000F0u) * by.third + ones & (MAGNITUDE | SIGN);
     a[3] = (right & MAGNITUDE) | (word & SIGN);
 }
 
@@ -53,12 +61,12 @@ __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
 }
 
 // The four scales of a word, each twice in a register, times 2^119 (bf16) or 2^7 (fp16).
-__device__ __forceinline__ uint4 scale_pairs(u32 bytes, u32 one) {
+__device__ __forceinline__ uint4 scale_pairs(u32 bytes, const Shifts& by) {
     u32 pair[4];
     #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int byte = SCALES == 2 ? i % 2 << 1 | i / 2 : i;  // Marlin has the middle two swapped
-        pair[i] = __byte_perm(bytes, 0, 0x4040 | byte | byte << 8) * (one << SCALE_SHIFT) + SCALE_EXPONENT;
+        pair[i] = __byte_perm(bytes, 0, 0x4040 | byte | byte << 8) * by.scale + SCALE_EXPONENT;
         if (SCALES == 1)
             pair[i] = HALF ? multiply(pair[i], 0x78007800u) : multiply(multiply(pair[i], 0x7F007F00u), 0x77807780u);
     }

@@ -20,7 +20,7 @@
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int ROWS = 64 * GROUPS;
 constexpr int THREADS = 32 * WARPS * GROUPS;
-constexpr int RESIDENT = TOKENS == 8 ? 1024 : TOKENS == 16 ? 640 : 512;  // threads of an SM, by their registers
+constexpr int RESIDENT = TOKENS == 8 ? 1024 : TOKENS == 16 ? 640 : TOKENS == 24 ? 512 : 384;  // threads of an SM, by their registers
 constexpr int STEP = 1152;  // bytes of 32 inputs by 64 outputs
 constexpr int SCALE_PAIRS = 512;  // bytes: the scales of a step as registers of two
 constexpr int X_STRIDE = 80;  // bytes of a token's 32 activations; a fragment load meets all banks
@@ -73,6 +73,18 @@ __device__ __forceinline__ void copy16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from));
 }
 
+// The lane's own value, which the compiler does not know: what it can work out it works out again at every step
+// rather than keep it in a register.
+__device__ __forceinline__ u32 kept(u32 value) {
+    return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32);
+}
+
+__device__ __forceinline__ uint4 read16(u32 from) {
+    uint4 out;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "r"(from) : "memory");
+    return out;
+}
+
 // The warps that share activations: those of one step, one of each group.
 __device__ __forceinline__ void synchronize(int warp) {
     if (GROUPS == 1) __syncwarp();
@@ -82,59 +94,48 @@ __device__ __forceinline__ void synchronize(int warp) {
 // x: (tokens, inputs) 16-bit, rows x_stride apart, 16-byte aligned. codes, scales: padded_inputs (a
 // multiple of 32) by padded_outputs (of 64). out: (tokens, outputs), a row of it x * W^T * tensor_scale *
 // factor * the row's row_scale + bias, in fp32 up to the end; bias and row_scale (tokens) may be null.
-// CLUSTER: grid (tiles, SPLITS), tiles = ceil(padded_outputs / ROWS). Otherwise the first `whole` tiles are
-// a block's each, and the rest SPLITS blocks', in one dimension: the remainder that does not fill the GPU is
-// dealt out evenly. split_steps: ceil(padded_inputs / 32 / SPLITS). Shared memory: BARRIER_AT bytes, with
-// CLUSTER RECEIVED_AT + SPLITS * OWNED * PAIRS * 8.
-// partial: SPLITS * ROWS * TOKENS floats a tile that is not whole; arrived: a zero for each, left zero.
+// Grid (tiles, SPLITS), tiles = ceil(padded_outputs / ROWS). split_steps: ceil(padded_inputs / 32 / SPLITS). Shared
+// memory: BARRIER_AT bytes, with CLUSTER RECEIVED_AT + SPLITS * OWNED * PAIRS * 8. Where SPLITS > 1 without CLUSTER,
+// partial: SPLITS * ROWS * TOKENS floats a tile; arrived: a zero for each, left zero.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_decode(
     const u16* __restrict__ x, const unsigned char* __restrict__ codes,
     const unsigned char* __restrict__ scales, const float* __restrict__ tensor_scale,
     const u16* __restrict__ bias, const float* __restrict__ row_scale, u16* __restrict__ out,
     float2* __restrict__ partial,
     int* __restrict__ arrived, float factor, int tokens, int outputs, int inputs, int x_stride,
-    int padded_outputs, int padded_inputs, int whole, int split_steps)
+    int padded_outputs, int padded_inputs, int split_steps)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     const int lane = threadIdx.x % 32, all_warps = threadIdx.x / 32;
     const int group = GROUPS == 1 ? 0 : all_warps / WARPS, warp = GROUPS == 1 ? all_warps : all_warps % WARPS;
-    int block_tile = blockIdx.x, split = blockIdx.y;
-    bool alone = SPLITS == 1;
-    int first_step = warp, last_step = padded_inputs / 32;
-    if (SPLITS > 1) {
-        if (!CLUSTER) {
-            const int rest = (int)blockIdx.x - whole;
-            alone = rest < 0;
-            split = alone ? 0 : rest % SPLITS;
-            block_tile = alone ? blockIdx.x : whole + rest / SPLITS;
-        }
-        if (!alone) {
-            first_step += split * split_steps;
-            last_step = min(last_step, (split + 1) * split_steps);
-        }
-    }
+    const int block_tile = blockIdx.x, split = blockIdx.y;
+    const int first_step = SPLITS == 1 ? warp : split * split_steps + warp;
+    const int last_step = SPLITS == 1 ? padded_inputs / 32 : min(padded_inputs / 32, (split + 1) * split_steps);
     // Of 64 outputs; a block's last groups may lie past the end and then repeat the last one.
     const int tile = GROUPS == 1 ? block_tile : min(block_tile * GROUPS + group, padded_outputs / 64 - 1);
 
     const u32 base = (u32)__cvta_generic_to_shared(shared);
-    const u32 weight_ring = base + (group * WARPS + warp) * (DEPTH * STEP);
+    const u32 codes_to = base + (group * WARPS + warp) * (DEPTH * STEP) + lane * 16, scales_to = codes_to + 1024 - lane * 12;
     const unsigned char* codes_from = codes + 16ll * first_step * padded_outputs + tile * 512 + lane * 16;
+    const unsigned char* more_codes_from = codes_from + 8 * padded_outputs;
     const unsigned char* scales_from = scales + (2ll * first_step + lane / 16) * padded_outputs + tile * 64
         + lane % 16 * 4;
-    const int code_row = 8 * padded_outputs;
-    const long long codes_advance = 16ll * WARPS * padded_outputs, scales_advance = 2ll * WARPS * padded_outputs;
+    const long long scales_advance = 2ll * WARPS * padded_outputs, codes_advance = 8 * scales_advance;
+    int steps_left = last_step - first_step;  // of a warp's every WARPS-th
 
-    auto load_weights = [&](int step, u32 slot) {
-        if (step < last_step) {
-            copy16(slot + lane * 16, codes_from);
-            copy16(slot + 512 + lane * 16, codes_from + code_row);
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(slot + 1024 + lane * 4), "l"(scales_from));
+    auto load_weights = [&](bool there, u32 codes_to, u32 scales_to) {
+        if (there) {
+            copy16(codes_to, codes_from);
+            copy16(codes_to + 512, more_codes_from);
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(scales_to), "l"(scales_from));
         }
         codes_from += codes_advance;
+        more_codes_from += codes_advance;
         scales_from += scales_advance;
     };
     #pragma unroll
-    for (int slot = 0; slot < DEPTH - 1; ++slot) load_weights(first_step + slot * WARPS, weight_ring + slot * STEP);
+    for (int slot = 0; slot < DEPTH - 1; ++slot)
+        load_weights(steps_left > slot * WARPS, codes_to + slot * STEP, scales_to + slot * STEP);
 
 #if CLUSTER
     const u32 barrier = base + BARRIER_AT;
@@ -147,21 +148,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
     // Four lanes copy a token's 32 inputs; the groups share out the tokens.
+    constexpr int X_COPIES = (TOKENS + 8 * GROUPS - 1) / (8 * GROUPS);
     const u32 x_ring = base + GROUPS * WARPS * (DEPTH * STEP + SCALE_PAIRS) + warp * (DEPTH * X_STEP);
-    const int x_token = group * 8 + lane / 4;
-    const u32 x_to = x_token * X_STRIDE + lane % 4 * 16;
-    int input = first_step * 32 + lane % 4 * 8;
-    const u16* x_from = x + (long long)x_token * x_stride + input;
-    auto load_x = [&](int step, u32 slot) {
-        if (step < last_step) {
-            #pragma unroll
-            for (int t = 0; t < TOKENS; t += 8 * GROUPS)
-                if (x_token + t < tokens)  // nothing is read past the inputs: those become zeros
-                    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
-                                 :: "r"(slot + x_to + t * X_STRIDE),
-                                    "l"(x_from + (long long)t * x_stride), "r"(input < inputs ? 16 : 0));
-        }
-        input += WARPS * 32;
+    const int x_token = group * 8 + lane / 4, x_input = lane % 4 * 8;
+    const u32 x_to = x_ring + x_token * X_STRIDE + x_input * 2;
+    const u16* x_from = x + (long long)x_token * x_stride + first_step * 32 + x_input;
+    // A copy is made while more steps are left than this. Nothing is read past the inputs, and what is not copied
+    // there meets weights of zero; it must be a number.
+    u32 x_none_from[X_COPIES];
+    #pragma unroll
+    for (int i = 0; i < X_COPIES; ++i)
+        x_none_from[i] = x_token + i * 8 * GROUPS < tokens ? max(0, last_step - (inputs - x_input + 31) / 32) : 1 << 30;
+    if (inputs % 32 != 0)
+        for (int slot = 0; slot < DEPTH; ++slot)
+            for (int t = 0; x_token + t < tokens; t += 8 * GROUPS)
+                asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" :: "r"(x_to + slot * X_STEP + t * X_STRIDE), "r"(0) : "memory");
+    auto load_x = [&](int left, u32 to) {
+        #pragma unroll
+        for (int i = 0; i < X_COPIES; ++i)
+            if (left > (int)x_none_from[i])
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+                             :: "r"(to + i * (8 * GROUPS * X_STRIDE)), "l"(x_from + (long long)(i * 8 * GROUPS) * x_stride));
         x_from += WARPS * 32;
     };
     const float tensor_factor = factor * __ldg(tensor_scale);
@@ -174,54 +181,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
 #endif
     #pragma unroll
     for (int slot = 0; slot < DEPTH - 1; ++slot) {
-        load_x(first_step + slot * WARPS, x_ring + slot * X_STEP);
+        load_x(steps_left - slot * WARPS, x_to + slot * X_STEP);
         // The first group holds the weights of all these steps: they were asked for before any x.
         asm volatile("cp.async.commit_group;");
     }
     float own_factor = 1.0f;
     if (row_scale != nullptr && threadIdx.x < tokens) own_factor = row_scale[threadIdx.x];
 
-    const unsigned char* const codes_at = shared + (group * WARPS + warp) * (DEPTH * STEP) + lane * 16;
-    uint4* const scale_pairs_at = (uint4*)(shared + GROUPS * WARPS * DEPTH * STEP + (group * WARPS + warp) * SCALE_PAIRS);
+    const u32 pairs_at = base + GROUPS * WARPS * DEPTH * STEP + (group * WARPS + warp) * SCALE_PAIRS;
+    const u32 own_codes = kept(codes_to), own_scales = kept(scales_to), own_x = kept(x_to);
+    const u32 pairs_to = kept(pairs_at + lane * 16), pairs_from = kept(pairs_at + lane / 4 * 32);
     // Columns of a product do not mix: what lies where there is no token is not written.
-    const u32 column = lane % 8 * X_STRIDE + lane / 8 * 16;
-    const u32 one = tokens > 0;
+    const u32 fragment_from = kept(x_ring + lane % 8 * X_STRIDE + lane / 8 * 16);
+    Shifts shifts = shifts_of(tokens > 0);
+    shifts = {kept(shifts.magnitude), kept(shifts.second), kept(shifts.third), kept(shifts.scale)};
+    #pragma unroll
+    for (int i = 0; i < X_COPIES; ++i) x_none_from[i] = kept(x_none_from[i]);
     float acc[4][TOKEN_TILES][4] = {};
-    u32 next_slot = 0, last_slot = DEPTH - 1;
-    #pragma unroll 1
-    for (int step = first_step; step < last_step;) {
+    while (steps_left > 0) {
         #pragma unroll
-        for (int i = 0; i < UNROLLED; ++i, step += WARPS) {
-        if (i > 0 && step >= last_step) break;
-        const u32 slot = UNROLLED == DEPTH ? i : next_slot, free_slot = UNROLLED == DEPTH ? (i + DEPTH - 1) % DEPTH : last_slot;
+        for (int slot = 0; slot < DEPTH; ++slot) {
+        if (slot > 0 && steps_left <= 0) break;
+        constexpr int AHEAD = (DEPTH - 1) * WARPS;
+        const int free_slot = (slot + DEPTH - 1) % DEPTH;
         asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
         // This step has arrived for all, and all have read the slot that is loaded next.
         synchronize(warp);
-        load_weights(step + (DEPTH - 1) * WARPS, weight_ring + free_slot * STEP);
-        load_x(step + (DEPTH - 1) * WARPS, x_ring + free_slot * X_STEP);
+        load_weights(steps_left > AHEAD, own_codes + free_slot * STEP, own_scales + free_slot * STEP);
+        load_x(steps_left - AHEAD, own_x + free_slot * X_STEP);
         asm volatile("cp.async.commit_group;");
-        const unsigned char* const codes_here = codes_at + slot * STEP;
         // Four lanes need the same scales: each converts the four that it copied, for all.
-        scale_pairs_at[lane] = scale_pairs(*(const u32*)(codes_here + 1024 - lane * 12), one);
+        u32 bytes;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bytes) : "r"(own_scales + slot * STEP) : "memory");
+        const uint4 pairs = scale_pairs(bytes, shifts);
+        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" :: "r"(pairs_to), "r"(pairs.x), "r"(pairs.y), "r"(pairs.z), "r"(pairs.w) : "memory");
         __syncwarp();
         u32 b[TOKEN_TILES][4];
         #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n)
             asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                          : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3])
-                         : "r"(x_ring + column + slot * X_STEP + n * (8 * X_STRIDE)) : "memory");
+                         : "r"(fragment_from + (slot * X_STEP + n * (8 * X_STRIDE))) : "memory");
         #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint4 quads = *(const uint4*)(codes_here + half * 512);
-            const uint4 scale_quads[2] = {
-                scale_pairs_at[half * 16 + lane / 4 * 2], scale_pairs_at[half * 16 + lane / 4 * 2 + 1]};
+            const uint4 quads = read16(own_codes + (slot * STEP + half * 512));
+            const uint4 scale_quads[2] = {read16(pairs_from + half * 256), read16(pairs_from + (half * 256 + 16))};
             const u32 words[4] = {quads.x, quads.y, quads.z, quads.w};
             #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const u32 low = j % 2 ? scale_quads[j / 2].z : scale_quads[j / 2].x;
                 const u32 high = j % 2 ? scale_quads[j / 2].w : scale_quads[j / 2].y;
                 u32 a[4];
-                elements(a, words[j], one);
+                elements(a, words[j], shifts);
                 a[0] = multiply(a[0], low);
                 a[1] = multiply(a[1], high);
                 a[2] = multiply(a[2], low);
@@ -230,8 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
                 for (int n = 0; n < TOKEN_TILES; ++n) product(acc[j][n], a, b[n][2 * half], b[n][2 * half + 1]);
             }
         }
-        last_slot = slot;
-        next_slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        steps_left -= WARPS;
         }
     }
 
@@ -269,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
         if (2 * pair + 1 < tokens) to[outputs] = from_float(sum.y * factors[2 * pair + 1] + block_bias[row]);
     };
     const int pairs = (tokens + 1) / 2;
-    if (alone) {
+    if (SPLITS == 1) {
         #pragma unroll 1
         for (int e = threadIdx.x; e < ROWS * pairs; e += THREADS)
             write(e % ROWS, e / ROWS, block_sum(e % ROWS, e / ROWS));
@@ -312,15 +322,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
         write(split * OWNED + row, pair, sum);
     }
 #else
-    float2* const parts = partial + (long long)(block_tile - whole) * (SPLITS * ROWS * PAIRS);
+    float2* const parts = partial + (long long)block_tile * (SPLITS * ROWS * PAIRS);
     #pragma unroll 1
     for (int e = threadIdx.x; e < ROWS * pairs; e += THREADS)
         __stcg(parts + split * (ROWS * PAIRS) + e, block_sum(e % ROWS, e / ROWS));
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        const bool last = atomicAdd(arrived + block_tile - whole, 1) == SPLITS - 1;
-        if (last) arrived[block_tile - whole] = 0;
+        const bool last = atomicAdd(arrived + block_tile, 1) == SPLITS - 1;
+        if (last) arrived[block_tile] = 0;
         *(int*)sums = last;
     }
     __syncthreads();

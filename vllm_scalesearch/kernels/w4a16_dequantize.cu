@@ -19,12 +19,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) w4a16_dequantize(
         const uint4 quads = *(const uint4*)(codes + (long long)block * 8 * padded_outputs + tile * 512 + lane * 16);
         const uint2 bytes = *(const uint2*)(scales + (long long)block * padded_outputs + tile * 64 + lane / 4 * 8);
         const u32 words[4] = {quads.x, quads.y, quads.z, quads.w};
-        const uint4 pairs[2] = {scale_pairs(bytes.x, 1), scale_pairs(bytes.y, 1)};
+        const uint4 pairs[2] = {scale_pairs(bytes.x, shifts_of(1)), scale_pairs(bytes.y, shifts_of(1))};
         #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const u32 low = j % 2 ? pairs[j / 2].z : pairs[j / 2].x, high = j % 2 ? pairs[j / 2].w : pairs[j / 2].y;
             u32 a[4];
-            elements(a, words[j], 1);
+            elements(a, words[j], shifts_of(1));
             unsigned char* to = shared + (16 * j + lane / 4) * ROW_BYTES + warp * 32 + lane % 4 * 4;
             *(u32*)to = multiply(a[0], low);
             *(u32*)(to + 8 * ROW_BYTES) = multiply(a[1], high);

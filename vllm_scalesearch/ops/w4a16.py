@@ -32,6 +32,9 @@ E4M3_SUBNORMAL = 1  # any codes
 MARLIN = 2  # bits 14 to 7 of fp16(scale * f * 2^7), f a power of two; two columns of each four swapped
 
 _OUTPUT_TILE, _INPUT_STEP = 64, 32
+# How many clusters of so many blocks that each fill a multiprocessor an H100 of 132 holds at a time, by
+# cuOccupancyMaxActiveClusters: clusters do not cross the groups that multiprocessors are built in.
+_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 24, 6: 17, 7: 15, 8: 15}
 # Blocks that share a tile without a cluster meet in memory that no other stream may use meanwhile.
 _STREAMS = 4
 
@@ -81,25 +84,22 @@ def scale_encoding(weight: QuantizedTensor) -> int:
 class Plan:
     """How a product is cut up; the names are those of kernels/w4a16_decode.cu.
 
-    cluster: the `splits` blocks of a tile add up in shared memory. Otherwise the first `whole` tiles
-    are not split.
+    cluster: the `splits` blocks of a tile add up in shared memory, otherwise in global memory.
     """
 
     tokens: int
     groups: int
     warps: int
     splits: int
-    whole: int
     cluster: bool
-    depth: int = 4
-    unrolled: int = 1
+    depth: int
 
     def defines(self, dtype: torch.dtype, encoding: int) -> tuple[str, ...]:
         """Macros of the kernel."""
         return (
             f"HALF={int(dtype == torch.float16)}", f"TOKENS={self.tokens}", f"GROUPS={self.groups}",
             f"WARPS={self.warps}", f"DEPTH={self.depth}", f"SPLITS={self.splits}", f"SCALES={encoding}",
-            f"CLUSTER={int(self.cluster)}", f"UNROLLED={self.unrolled}",
+            f"CLUSTER={int(self.cluster)}",
         )  # fmt: skip
 
     @property
@@ -126,57 +126,45 @@ def plan(
     chosen = dataclasses.replace(chosen, depth=2, warps=min(chosen.warps, 8))
     if chosen.shared_bytes <= shared_limit:
         return chosen
-    return dataclasses.replace(chosen, groups=2, warps=4, whole=-(-padded_outputs // (2 * _OUTPUT_TILE)))
-
-
-def rows_before_humming(padded_outputs: int, processors: int) -> int:
-    """Up to how many rows `product` is clearly faster than Humming's kernel (benchmarks/results/gemm.json)."""
-    tiles = padded_outputs // _OUTPUT_TILE
-    if _tiles_fill(tiles, processors):
-        return 32
-    return 24 if _two_blocks_fill(tiles, processors) else 16
-
-
-def _tiles_fill(tiles: int, processors: int) -> bool:
-    return tiles >= 2 * processors
-
-
-def _two_blocks_fill(tiles: int, processors: int) -> bool:
-    """Whether the GPU is filled by two blocks for each tile."""
-    return 0.8 * processors <= 2 * tiles <= processors
+    return dataclasses.replace(chosen, groups=2, warps=4)
 
 
 def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, clusters: bool) -> Plan:
+    """By sweeps of 15 shapes on an H100 (benchmarks/NOTES.md)."""
     tiles, steps = padded_outputs // _OUTPUT_TILE, padded_inputs // _INPUT_STEP
     tokens = -(-rows // 8) * 8
-    if clusters and _two_blocks_fill(tiles, processors) and steps >= 16:
-        return Plan(tokens, 1, 12 if steps > 256 or tokens == 24 else 8, 2, 0, True)
-    if rows <= 4:
-        if _tiles_fill(tiles, processors):
-            rest = tiles % processors
-            splits = min(8, steps, processors // rest) if rest else 1
-            return Plan(8, 1, 4, splits, tiles - rest if splits > 1 else tiles, False)
-        warps = 8 if steps > 256 else 4
-        # Even shares for all multiprocessors, with enough warps and without long ones.
-        candidates = range(1, max(1, min(8, steps // warps)) + 1)
+    if tiles > processors:
+        return _wide_cut(tokens, tiles, processors)
+    splits = _splits(tiles, steps, processors, clusters)
+    steps //= splits
+    if tokens == 8:
+        warps, depth = (12, 3) if steps >= 24 else (8, 3)
+    elif tokens == 16:
+        warps, depth = (12, 3) if steps >= 200 else (16, 2) if splits == 1 and steps >= 64 else (8, 3)
+    elif tokens == 24:
+        warps, depth = (12, 3) if steps >= 100 else (8, 3)
+    else:
+        warps, depth = (12, 3) if steps >= 200 else (8, 3) if steps >= 56 else (4, 3)
+    return Plan(tokens, 1, warps, splits, clusters and splits > 1, depth)
 
-        def cost(splits: int) -> float:
-            share = tiles * splits / processors
-            uneven = max(1.0, -(-tiles * splits // processors) / share)
-            idle = max(1.0, 7.5 / (share * warps))
-            return uneven * idle * max(1.0, steps / (16 * warps * splits)) * (1 + 0.01 * splits)
 
-        return Plan(8, 1, warps, min(candidates, key=cost), 0, False)
-    splits = min(8, max(1, processors // tiles), max(1, steps // 8))
-    if _tiles_fill(tiles, processors):
-        if tokens == 16:
-            return Plan(16, 2, 4, 1, -(-tiles // 2), False)
-        return Plan(tokens, 4, 3, 1, -(-tiles // 4), False)
-    if tiles * splits >= 0.8 * processors or splits == 8 or tiles < 2:
-        return Plan(tokens, 1, 8, splits, 0, clusters and splits > 1)
-    splits = min(4, max(1, 4 * processors // tiles), max(1, steps // 4))
-    groups = 1 if tokens == 24 else 2
-    return Plan(tokens, groups, 4, splits, 0, clusters and splits > 1)
+def _splits(tiles: int, steps: int, processors: int, clusters: bool) -> int:
+    """Blocks for each tile. A multiprocessor without work costs less than one with two blocks."""
+    for splits in range(8, 1, -1):
+        fit = _CLUSTERS[splits] * processors // 132 if clusters else processors // splits
+        if tiles <= fit and steps >= 16 * splits:
+            return splits
+    return 1
+
+
+def _wide_cut(tokens: int, tiles: int, processors: int) -> Plan:
+    """More tiles than multiprocessors: blocks of several tiles read activations once for all of them."""
+    if tiles < 2 * processors:
+        return Plan(tokens, 2, 6, 1, False, 3)
+    busiest, busiest_of_fours = -(-tiles // processors), -(-(-(-tiles // 4)) // processors) * 4
+    if busiest * (1.17 if tokens == 32 else 1.06) < busiest_of_fours:
+        return Plan(tokens, 1, 7, 1, False, 2) if tokens == 8 else Plan(tokens, 1, 4, 1, False, 3)
+    return Plan(tokens, 4, 5 if tokens <= 16 else 3, 1, False, 4 if tokens == 32 else 3)
 
 
 class _Workspaces:
@@ -232,21 +220,22 @@ def _kernel_for(plan: Plan, weight: TiledWeight, dtype: torch.dtype) -> Kernel:
     return kernel("w4a16_decode.cu", "w4a16_decode", defines, weight.codes.device)
 
 
+def _tiles(plan: Plan, weight: TiledWeight) -> int:
+    return -(-weight.padded_outputs // (_OUTPUT_TILE * plan.groups))
+
+
 def _sums_needed(plan: Plan, weight: TiledWeight) -> int:
-    tiles = -(-weight.padded_outputs // (_OUTPUT_TILE * plan.groups))
     if plan.cluster or plan.splits == 1:
         return 0
-    return (tiles - plan.whole) * plan.splits * _OUTPUT_TILE * plan.groups * plan.tokens
+    return _tiles(plan, weight) * plan.splits * _OUTPUT_TILE * plan.groups * plan.tokens
 
 
-def prepare(weight: TiledWeight, dtype: torch.dtype, most: int = MAX_ROWS) -> None:
-    """Compile and load what `product` will run for up to `most` rows and this weight, and reserve its memory.
+def prepare(weight: TiledWeight, dtype: torch.dtype) -> None:
+    """Compile and load what `product` will run for this weight, and reserve its memory.
 
     Call it for every weight before a CUDA graph is captured. Raises KernelBuildError.
     """
-    for rows in (1, 8, 16, 24, MAX_ROWS):
-        if rows > most:
-            break
+    for rows in range(8, MAX_ROWS + 1, 8):
         chosen = _plan_for(rows, weight)
         _kernel_for(chosen, weight, dtype)
         _workspaces(weight.codes.device).reserve(_sums_needed(chosen, weight))
@@ -273,11 +262,6 @@ def product(
     chosen = _plan_for(rows, weight)
     run = _kernel_for(chosen, weight, x.dtype)
     out = x.new_empty(rows, weight.outputs)
-    tiles = -(-weight.padded_outputs // (_OUTPUT_TILE * chosen.groups))
-    if chosen.cluster:
-        grid = (tiles, chosen.splits, 1)
-    else:
-        grid = (chosen.whole + (tiles - chosen.whole) * chosen.splits, 1, 1)
     needed = _sums_needed(chosen, weight)
     sums = arrived = None
     if needed:
@@ -285,10 +269,10 @@ def product(
         workspaces.reserve(needed)
         sums, arrived = workspaces.of(torch.cuda.current_stream(x.device))
     run(
-        grid, 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
+        (_tiles(chosen, weight), chosen.splits, 1), 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
         x, weight.codes, weight.scales, weight.tensor_scale, bias, row_scale, out, sums, arrived,
         weight.multiplier, rows, weight.outputs, weight.inputs, x.stride(0), weight.padded_outputs,
-        weight.padded_inputs, chosen.whole, -(-weight.padded_inputs // _INPUT_STEP // chosen.splits),
+        weight.padded_inputs, -(-weight.padded_inputs // _INPUT_STEP // chosen.splits),
         cluster=chosen.cluster, early=torch.cuda.get_device_capability(x.device)[0] >= 9,
     )  # fmt: skip
     return out
