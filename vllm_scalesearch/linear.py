@@ -383,10 +383,13 @@ torch.library.register_fake("vllm_scalesearch::linear", _linear_fake, lib=_LIB)
 
 def _measured_rows(kernel, weight: w4a16.TiledWeight) -> tuple[int, int]:
     """Up to how many rows the decode kernel is the fastest, and from how many dequantized pieces are."""
-    if current_platform.get_device_capability() != (9, 0):  # not measured elsewhere
+    if current_platform.get_device_capability() != (9, 0):  # Marlin was not measured elsewhere
         return w4a16.MAX_ROWS, sys.maxsize
     humming = isinstance(kernel, HummingNvFp4LinearKernel)
-    return w4a16.MAX_ROWS, w4a16.DENSE_ROWS if humming else w4a16.MARLIN_DENSE_ROWS
+    decode_rows = w4a16.MAX_ROWS  # Marlin is slower with all of them
+    if humming:
+        decode_rows = w4a16.rows_before_humming(weight.padded_outputs, current_platform.num_compute_units())
+    return decode_rows, w4a16.dense_rows(weight.outputs, weight.inputs, not humming)
 
 
 def _decode_reads(kernel) -> bool:

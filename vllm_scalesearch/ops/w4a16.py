@@ -21,9 +21,7 @@ from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import QuantizedTensor
 
 MAX_ROWS = 32
-# From here on dequantizing the weights for cuBLAS costs less than what Humming, or Marlin, is slower than it on
-# Hopper (benchmarks/NOTES.md). A piece's values should stay in the L2, but cuBLAS wants some width.
-DENSE_ROWS, MARLIN_DENSE_ROWS = 4096, 1024
+# A piece's dequantized values should stay in the L2, but cuBLAS wants some width.
 _PIECE_BYTES, _PIECE_OUTPUTS = 24 << 20, 2048
 
 # How a kernel reads scale bytes.
@@ -129,12 +127,26 @@ def plan(
     return dataclasses.replace(chosen, groups=2, warps=4)
 
 
+def rows_before_humming(padded_outputs: int, processors: int) -> int:
+    """Up to how many rows `product` is faster than Humming's kernel on Hopper (benchmarks/NOTES.md)."""
+    tiles = padded_outputs // _OUTPUT_TILE
+    return 24 if processors < tiles < 1.4 * processors else MAX_ROWS
+
+
+def dense_rows(outputs: int, inputs: int, marlin: bool) -> int:
+    """From how many rows on dequantizing the weights for cuBLAS costs less than what Humming's kernel, or Marlin's,
+    is slower than it on Hopper: measured at multiples of 1024 rows, the former interpolated (benchmarks/NOTES.md)."""
+    if marlin:
+        return 1024
+    return 1792 if outputs * inputs <= 64 << 20 else 2560
+
+
 def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, clusters: bool) -> Plan:
     """By sweeps of 15 shapes on an H100 (benchmarks/NOTES.md)."""
     tiles, steps = padded_outputs // _OUTPUT_TILE, padded_inputs // _INPUT_STEP
     tokens = -(-rows // 8) * 8
     if tiles > processors:
-        return _wide_cut(tokens, tiles, processors)
+        return _wide_cut(tokens, tiles, steps, processors, clusters)
     splits = _splits(tiles, steps, processors, clusters)
     steps //= splits
     if tokens == 8:
@@ -157,12 +169,20 @@ def _splits(tiles: int, steps: int, processors: int, clusters: bool) -> int:
     return 1
 
 
-def _wide_cut(tokens: int, tiles: int, processors: int) -> Plan:
+def _wide_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Plan:
     """More tiles than multiprocessors: blocks of several tiles read activations once for all of them."""
+
+    def busiest(groups: int, splits: int = 1) -> float:
+        """Tiles that the multiprocessor with the most of them has."""
+        return -(-(-(-tiles // groups)) * splits // processors) * groups / splits
+
     if tiles < 2 * processors:
+        if clusters and tokens in (16, 24):
+            splits = min((2, 3), key=lambda splits: busiest(1, splits))
+            if busiest(1, splits) * 1.15 < busiest(2) and steps >= 16 * splits:
+                return Plan(tokens, 1, 4, splits, True, 3)
         return Plan(tokens, 2, 6, 1, False, 3)
-    busiest, busiest_of_fours = -(-tiles // processors), -(-(-(-tiles // 4)) // processors) * 4
-    if busiest * (1.17 if tokens == 32 else 1.06) < busiest_of_fours:
+    if busiest(1) * (1.17 if tokens == 32 else 1.06) < busiest(4):
         return Plan(tokens, 1, 7, 1, False, 2) if tokens == 8 else Plan(tokens, 1, 4, 1, False, 3)
     return Plan(tokens, 4, 5 if tokens <= 16 else 3, 1, False, 4 if tokens == 32 else 3)
 
