@@ -1,11 +1,11 @@
 """NVFP4 linear layers on one GPU: ours beside bf16 and FP8 by cuBLAS, Marlin and Humming.
 
-    python benchmarks/gemm.py [--rows 1,4,8,16,24,32,64,128,256,1024,2048,3072,4096,8192] [--shapes 6144x4096,...]
+    python benchmarks/gemm.py [--rows 1,4,8,16,24,32,64,...] [--shapes 6144x4096,...] [--name gemm]
 
-Needs vLLM for CUDA. Shapes, outputs x inputs, are those of Llama-3.1-8B by default. Weights rotate, so that they come from memory; the
-variants take turns in one run. As in a layer, each product stands behind another kernel, whose own time is
-taken off: one that may begin while its twin in front ends would look faster than it is. Humming compiles its
-kernels at first use, about a minute a shape.
+Needs vLLM for CUDA. Shapes, outputs x inputs, are those of Llama-3.1-8B unless given. Weights rotate, so that
+they come from memory; the variants take turns in one run. As in a layer, each product stands behind another
+kernel, whose own time is taken off: one that may begin while its twin in front ends would look faster than it
+is. Humming compiles its kernels at first use, about a minute a shape.
 """
 
 import argparse

@@ -20,7 +20,7 @@
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int ROWS = 64 * GROUPS;
 constexpr int THREADS = 32 * WARPS * GROUPS;
-constexpr int RESIDENT = TOKENS == 8 ? 1024 : TOKENS == 16 ? 640 : TOKENS == 24 ? 512 : 384;  // threads of an SM, by their registers
+constexpr int RESIDENT = TOKENS == 8 ? 1024 : TOKENS == 16 ? 640 : TOKENS == 24 ? 512 : 384;  // threads, by registers
 constexpr int STEP = 1152;  // bytes of 32 inputs by 64 outputs
 constexpr int SCALE_PAIRS = 512;  // bytes: the scales of a step as registers of two
 constexpr int X_STRIDE = 80;  // bytes of a token's 32 activations; a fragment load meets all banks
@@ -79,9 +79,15 @@ __device__ __forceinline__ u32 kept(u32 value) {
     return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32);
 }
 
+__device__ __forceinline__ void write16(u32 to, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};"
+                 :: "r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+
 __device__ __forceinline__ uint4 read16(u32 from) {
     uint4 out;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "r"(from) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "r"(from) : "memory");
     return out;
 }
 
@@ -115,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     const int tile = GROUPS == 1 ? block_tile : min(block_tile * GROUPS + group, padded_outputs / 64 - 1);
 
     const u32 base = (u32)__cvta_generic_to_shared(shared);
-    const u32 codes_to = base + (group * WARPS + warp) * (DEPTH * STEP) + lane * 16, scales_to = codes_to + 1024 - lane * 12;
+    const u32 codes_to = base + (group * WARPS + warp) * (DEPTH * STEP) + lane * 16;
+    const u32 scales_to = codes_to + 1024 - lane * 12;
     const unsigned char* codes_from = codes + 16ll * first_step * padded_outputs + tile * 512 + lane * 16;
     const unsigned char* more_codes_from = codes_from + 8 * padded_outputs;
     const unsigned char* scales_from = scales + (2ll * first_step + lane / 16) * padded_outputs + tile * 64
@@ -141,7 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     const u32 barrier = base + BARRIER_AT;
     const int owned = min(ROWS - split * OWNED, OWNED);
     if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" :: "r"(barrier) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
+                     :: "r"(barrier) : "memory");
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                      :: "r"(barrier), "r"(owned * ((tokens + 1) / 2) * 8 * (SPLITS - 1)) : "memory");
     }
@@ -153,8 +161,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     const int x_token = group * 8 + lane / 4, x_input = lane % 4 * 8;
     const u32 x_to = x_ring + x_token * X_STRIDE + x_input * 2;
     const u16* x_from = x + (long long)x_token * x_stride + first_step * 32 + x_input;
-    // A copy is made while more steps are left than this. Nothing is read past the inputs, and what is not copied
-    // there meets weights of zero; it must be a number.
+    // A copy is made while more steps are left than this. Nothing is read past the inputs; what lies there instead, zeros
+    // or earlier inputs of the token, meets weights of zero.
     u32 x_none_from[X_COPIES];
     #pragma unroll
     for (int i = 0; i < X_COPIES; ++i)
@@ -162,13 +170,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     if (inputs % 32 != 0)
         for (int slot = 0; slot < DEPTH; ++slot)
             for (int t = 0; x_token + t < tokens; t += 8 * GROUPS)
-                asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" :: "r"(x_to + slot * X_STEP + t * X_STRIDE), "r"(0) : "memory");
+                write16(x_to + slot * X_STEP + t * X_STRIDE, make_uint4(0, 0, 0, 0));
     auto load_x = [&](int left, u32 to) {
         #pragma unroll
         for (int i = 0; i < X_COPIES; ++i)
             if (left > (int)x_none_from[i])
                 asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
-                             :: "r"(to + i * (8 * GROUPS * X_STRIDE)), "l"(x_from + (long long)(i * 8 * GROUPS) * x_stride));
+                             :: "r"(to + i * (8 * GROUPS * X_STRIDE)),
+                                "l"(x_from + (long long)(i * 8 * GROUPS) * x_stride));
         x_from += WARPS * 32;
     };
     const float tensor_factor = factor * __ldg(tensor_scale);
@@ -198,10 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     #pragma unroll
     for (int i = 0; i < X_COPIES; ++i) x_none_from[i] = kept(x_none_from[i]);
     float acc[4][TOKEN_TILES][4] = {};
-    while (steps_left > 0) {
-        #pragma unroll
-        for (int slot = 0; slot < DEPTH; ++slot) {
-        if (slot > 0 && steps_left <= 0) break;
+    auto take_step = [&](int slot) {
         constexpr int AHEAD = (DEPTH - 1) * WARPS;
         const int free_slot = (slot + DEPTH - 1) % DEPTH;
         asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
@@ -213,8 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
         // Four lanes need the same scales: each converts the four that it copied, for all.
         u32 bytes;
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bytes) : "r"(own_scales + slot * STEP) : "memory");
-        const uint4 pairs = scale_pairs(bytes, shifts);
-        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" :: "r"(pairs_to), "r"(pairs.x), "r"(pairs.y), "r"(pairs.z), "r"(pairs.w) : "memory");
+        write16(pairs_to, scale_pairs(bytes, shifts));
         __syncwarp();
         u32 b[TOKEN_TILES][4];
         #pragma unroll
@@ -225,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
         #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint4 quads = read16(own_codes + (slot * STEP + half * 512));
-            const uint4 scale_quads[2] = {read16(pairs_from + half * 256), read16(pairs_from + (half * 256 + 16))};
+            const uint4 scale_quads[2] = {read16(pairs_from + half * 256), read16(pairs_from + half * 256 + 16)};
             const u32 words[4] = {quads.x, quads.y, quads.z, quads.w};
             #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -242,6 +247,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
             }
         }
         steps_left -= WARPS;
+    };
+    while (steps_left > 0) {
+        #pragma unroll
+        for (int slot = 0; slot < DEPTH; ++slot) {
+            if (slot > 0 && steps_left <= 0) break;
+            take_step(slot);
         }
     }
 

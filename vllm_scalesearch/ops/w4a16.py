@@ -134,8 +134,10 @@ def rows_before_humming(padded_outputs: int, processors: int) -> int:
 
 
 def dense_rows(outputs: int, inputs: int, marlin: bool) -> int:
-    """From how many rows on dequantizing the weights for cuBLAS costs less than what Humming's kernel, or Marlin's,
-    is slower than it on Hopper: measured at multiples of 1024 rows, the former interpolated (benchmarks/NOTES.md)."""
+    """From how many rows on dequantizing the weights for cuBLAS costs less than what Marlin's or Humming's
+    kernel is slower than it on Hopper; with Humming interpolated between multiples of 1024 rows
+    (benchmarks/NOTES.md).
+    """
     if marlin:
         return 1024
     return 1792 if outputs * inputs <= 64 << 20 else 2560
@@ -174,7 +176,8 @@ def _wide_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bo
 
     def busiest(groups: int, splits: int = 1) -> float:
         """Tiles that the multiprocessor with the most of them has."""
-        return -(-(-(-tiles // groups)) * splits // processors) * groups / splits
+        blocks = -(-tiles // groups) * splits
+        return -(-blocks // processors) * groups / splits
 
     if tiles < 2 * processors:
         if clusters and tokens in (16, 24):
