@@ -1,8 +1,9 @@
 """Engines in processes of their own: they start side by side, and take turns once all are up.
 
 Starting takes minutes of CPU time each. What is measured runs alone, a part of one engine and then a part of
-the next: how fast a machine's cores are changes within minutes, which is not to be one engine's luck. A
-benchmark's script is run again for each engine, with ``--measure MODEL ARGUMENTS RESULT``.
+the next, on the same cores: how fast a machine's cores are changes within minutes and differs from one to
+another, which is not to be one engine's luck. A benchmark's script is run again for each engine, with
+``--measure MODEL ARGUMENTS RESULT``.
 """
 
 import argparse
@@ -60,6 +61,20 @@ def _wait_for_turn(ready: str, go: str) -> None:
 def _hold(worker: Any, ready: str, go: str) -> None:
     """In an engine's worker, which takes no step before this returns."""
     _wait_for_turn(ready, go)
+
+
+def same_cores(llm: Any) -> None:
+    """Put the two threads of a started engine that are busy all the time, this one and its worker's, on the
+    cores that every engine puts them on. With fewer than four cores they stay where they are.
+    """
+    _stay_on(None, 0)
+    llm.collective_rpc(_stay_on, args=(1,))
+
+
+def _stay_on(worker: Any, place: int) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= 4:
+        os.sched_setaffinity(0, {cores[-1 - place]})
 
 
 def groups_of(gib: dict[str, float], at_once: int | None) -> list[list[str]]:

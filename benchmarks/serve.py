@@ -55,6 +55,7 @@ def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str,
         **arguments,
     )
     turn()
+    engines.same_cores(llm)
     generator = torch.Generator().manual_seed(0)
     prompts = {}
     for batch in BATCHES:

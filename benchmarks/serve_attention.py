@@ -198,6 +198,7 @@ def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str,
     llm = LLM(model, **arguments)
     found = Capacity(*llm.collective_rpc(capacity)[0])
     turn()
+    engines.same_cores(llm)
     run_case(llm, "warm-up", 2, 256, OUTPUT, PROFILED)
     run_case(llm, "long warm-up", 2, BATCHED + 500, 8)
     for batch in sorted({batch for batch, _ in sizes.values()}):  # kernels of vLLM's that depend on it

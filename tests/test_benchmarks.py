@@ -1,5 +1,7 @@
 """What the serving benchmarks measure with: engines that take turns, and rates of a batch."""
 
+import os
+import threading
 from pathlib import Path
 
 import engines
@@ -62,6 +64,29 @@ def test_an_engine_that_fails_is_named_and_the_others_go_on(run, capfd):
     assert order == ["a0", "b0", "a1", "b1", "a2"]
     assert found == {"a": "a"} and failed == ["b"]
     assert "out of memory, say" in capfd.readouterr().out
+
+
+def test_busy_threads_of_all_engines_have_the_same_cores(monkeypatch):
+    of_threads = {}
+
+    class Engine:
+        def collective_rpc(self, function, args):
+            thread = threading.Thread(target=function, args=(None, *args), name="worker")
+            thread.start()
+            thread.join()
+
+    def stay(_, cores):
+        of_threads[threading.current_thread().name] = cores
+
+    def cores_of(count: int) -> dict[str, set[int]]:
+        of_threads.clear()
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3, 3 + count)))
+        monkeypatch.setattr(os, "sched_setaffinity", stay)
+        engines.same_cores(Engine())
+        return of_threads
+
+    assert cores_of(16) == {"MainThread": {18}, "worker": {17}}
+    assert cores_of(3) == {}
 
 
 @pytest.mark.vllm
