@@ -13,7 +13,7 @@
 // Macros, besides those of nvfp4_tiles.cuh: TOKENS (8, 16, 24 or 32: at least the rows of x), GROUPS (of 64
 // outputs a tile), WARPS (a group; each takes every WARPS-th step), DEPTH (steps in flight a warp), SPLITS (of the
 // inputs, each a block's), CLUSTER (1: the splits of a tile are a cluster and add up through shared memory,
-// sm_90; 0: they add up through global memory).
+// sm_90; 0: they add up through global memory), SHARED (bytes of a launch's shared memory).
 
 #include "nvfp4_tiles.cuh"
 
@@ -35,6 +35,7 @@ constexpr int FACTORS_AT = BIAS_AT + ROWS * 4;
 constexpr int BARRIER_AT = FACTORS_AT + TOKENS * 4;
 constexpr int RECEIVED_AT = BARRIER_AT + 16;
 constexpr int OWNED = (ROWS + SPLITS - 1) / SPLITS;  // outputs of a tile that a block of a cluster adds up
+static_assert(SHARED == (CLUSTER ? RECEIVED_AT + SPLITS * OWNED * PAIRS * 8 : BARRIER_AT), "as ops/w4a16.py has it");
 static_assert(THREADS >= ROWS && THREADS >= TOKENS, "a thread for each output's bias and each token's factor");
 
 __device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -100,9 +101,8 @@ __device__ __forceinline__ void synchronize(int warp) {
 // x: (tokens, inputs) 16-bit, rows x_stride apart, 16-byte aligned. codes, scales: padded_inputs (a
 // multiple of 32) by padded_outputs (of 64). out: (tokens, outputs), a row of it x * W^T * tensor_scale *
 // factor * the row's row_scale + bias, in fp32 up to the end; bias and row_scale (tokens) may be null.
-// Grid (tiles, SPLITS), tiles = ceil(padded_outputs / ROWS). split_steps: ceil(padded_inputs / 32 / SPLITS). Shared
-// memory: BARRIER_AT bytes, with CLUSTER RECEIVED_AT + SPLITS * OWNED * PAIRS * 8. Where SPLITS > 1 without CLUSTER,
-// partial: SPLITS * ROWS * TOKENS floats a tile; arrived: a zero for each, left zero.
+// Grid (tiles, SPLITS), tiles = ceil(padded_outputs / ROWS). split_steps: ceil(padded_inputs / 32 / SPLITS). Where
+// SPLITS > 1 without CLUSTER, partial: SPLITS * ROWS * TOKENS floats a tile; arrived: a zero for each, left zero.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_decode(
     const u16* __restrict__ x, const unsigned char* __restrict__ codes,
     const unsigned char* __restrict__ scales, const float* __restrict__ tensor_scale,

@@ -97,7 +97,7 @@ class Plan:
         return (
             f"HALF={int(dtype == torch.float16)}", f"TOKENS={self.tokens}", f"GROUPS={self.groups}",
             f"WARPS={self.warps}", f"DEPTH={self.depth}", f"SPLITS={self.splits}", f"SCALES={encoding}",
-            f"CLUSTER={int(self.cluster)}",
+            f"CLUSTER={int(self.cluster)}", f"SHARED={self.shared_bytes}",
         )  # fmt: skip
 
     @property
