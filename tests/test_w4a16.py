@@ -91,6 +91,25 @@ def test_plans_cover_the_product(rows, clusters, limit):
                 assert plan.warps >= 2 and 32 * plan.groups * plan.warps <= 1024
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),  # at 8, 16 and 32 rows: groups, warps, splits
+    [
+        ((10240, 8192), [(2, 6, 1), (1, 4, 3), (2, 6, 1)]),
+        ((12288, 4096), [(2, 6, 1), (1, 4, 2), (2, 6, 1)]),
+        ((14336, 4096), [(2, 6, 1), (2, 6, 1), (2, 6, 1)]),
+        ((22016, 4096), [(1, 7, 1), (1, 4, 1), (1, 4, 1)]),
+        ((28672, 4096), [(4, 5, 1), (4, 5, 1), (4, 3, 1)]),
+    ],
+)
+def test_wide_matrices_are_cut_as_measured_and_compile(shape, expected):
+    """More tiles than an H100's 132 multiprocessors: blocks of several tiles, if that leaves none with more."""
+    plans = [w4a16.plan(rows, *shape, 132, 227 << 10, True) for rows in (8, 16, 32)]
+    assert [(plan.groups, plan.warps, plan.splits) for plan in plans] == expected
+    for plan in plans:  # the source checks its shared memory
+        defines = plan.defines(torch.bfloat16, w4a16.E4M3)
+        assert compile_kernel("w4a16_decode.cu", "w4a16_decode", defines, "sm_90a")[1:4] == b"ELF"
+
+
 def test_multiprocessors_are_left_idle_rather_than_given_two_blocks():
     """As measured: an H100 has 132, and holds 39 clusters of 3 blocks that fill one each but 30 of 4."""
     for outputs, splits in ((1024, 6), (2048, 3), (2560, 2), (4096, 2), (5120, 1), (6144, 1), (8192, 1)):
@@ -341,11 +360,11 @@ def test_many_rows_by_cublas(kept):
         assert (out.double() - expected).norm() <= expected.norm() * 2**-8
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_memory_for_sums_is_taken_only_where_tiles_are_split(monkeypatch, splits):
+@pytest.mark.parametrize(("splits", "cluster"), [(1, False), (2, False), (2, True)])
+def test_memory_for_sums_is_taken_only_where_no_cluster_has_it(monkeypatch, splits, cluster):
     """A graph that is captured can get no such memory: where none was reserved, none must be asked for."""
     tiled, launches, asked = tile(_weight(512, 64)), [], []
-    plan = w4a16.Plan(8, 1, 4, splits, False, 2)
+    plan = w4a16.Plan(8, 1, 4, splits, cluster, 2)
     sums = torch.empty(plan.splits * 512 * 8), torch.zeros(8, dtype=torch.int32)
     workspaces = SimpleNamespace(reserve=asked.append, of=lambda stream: sums)
     monkeypatch.setattr(w4a16, "_plan_for", lambda rows, weight: plan)
@@ -355,9 +374,10 @@ def test_memory_for_sums_is_taken_only_where_tiles_are_split(monkeypatch, splits
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert w4a16.product(torch.zeros(3, 64, dtype=torch.bfloat16), tiled).shape == (3, 512)
     ((given, how),) = launches
-    assert given[0] == (8, splits, 1) and how == {"cluster": False, "early": True}
-    assert asked == ([] if splits == 1 else [sums[0].numel()])
-    assert any(each is sums[0] for each in given) == any(each is sums[1] for each in given) == (splits == 2)
+    assert given[0] == (8, splits, 1) and how == {"cluster": cluster, "early": True}
+    in_memory = splits == 2 and not cluster
+    assert asked == ([sums[0].numel()] if in_memory else [])
+    assert any(each is sums[0] for each in given) == any(each is sums[1] for each in given) == in_memory
 
 
 def test_sums_are_fp32_while_vllm_loads_a_model() -> None:

@@ -264,7 +264,7 @@ class _DecodeProduct(_VllmKernelProduct):
         dense = self.dense_rows < sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
-            "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel, as measured fastest there, "
+            "scalesearch: %d x %d: up to %d rows by the weight-streaming kernel, fastest for few on an H100, "
             "on %s's copy of the weights; more by that%s",
             self.weight.outputs,
             self.weight.inputs,

@@ -128,7 +128,9 @@ def plan(
 
 
 def rows_before_humming(padded_outputs: int, processors: int) -> int:
-    """Up to how many rows `product` is faster than Humming's kernel on Hopper (benchmarks/NOTES.md)."""
+    """Up to how many rows `product` is taken to be faster than Humming's kernel on Hopper, by six shapes
+    (benchmarks/results/gemm.json, gemm_uneven.json).
+    """
     tiles = padded_outputs // _OUTPUT_TILE
     return 24 if processors < tiles < 1.4 * processors else MAX_ROWS
 
