@@ -26,9 +26,9 @@ constexpr int SCALE_PAIRS = 512;  // bytes: the scales of a step as registers of
 constexpr int X_STRIDE = 80;  // bytes of a token's 32 activations; a fragment load meets all banks
 constexpr int X_STEP = TOKENS * X_STRIDE;
 constexpr int PAIRS = TOKENS / 2;  // of tokens, as the products' results lie
-constexpr int PAIR_STRIDE = PAIRS + 1;  // pairs from output to output in a warp's sums; odd, for the banks' sake
+constexpr int PITCH = TOKENS == 8 ? 4 : TOKENS == 16 ? 8 : 16;  // pairs from output to output in a warp's sums
 constexpr int RING_BYTES = WARPS * (DEPTH * (GROUPS * STEP + X_STEP) + GROUPS * SCALE_PAIRS);
-constexpr int SUM_BYTES = WARPS * ROWS * PAIR_STRIDE * 8;
+constexpr int SUM_BYTES = WARPS * ROWS * PITCH * 8;
 // What a block needs at its end lies behind the ring: bias, the tokens' factors, then what its cluster sends.
 constexpr int BIAS_AT = (RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES) + 15 & ~15;
 constexpr int FACTORS_AT = BIAS_AT + ROWS * 4;
@@ -90,6 +90,12 @@ __device__ __forceinline__ uint4 read16(u32 from) {
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "r"(from) : "memory");
     return out;
+}
+
+// Where an output's pair of tokens lies in a warp's sums. Of 64-bit accesses half a warp meets all banks, both when they are
+// written (4 outputs by 4 pairs) and when they are read (16 outputs).
+__device__ __forceinline__ int sum_at(int output, int pair) {
+    return output * PITCH + (pair ^ (output % 4 / (16 / PITCH) * 4 + output / 4 % 4));
 }
 
 // The warps that share activations: those of one step, one of each group.
@@ -270,14 +276,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
             #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int row = group * 64 + j * 16 + lane / 4 + i * 8, pair = n * 4 + lane % 4;
-                sums[(warp * ROWS + row) * PAIR_STRIDE + pair] = make_float2(acc[j][n][2 * i], acc[j][n][2 * i + 1]);
+                sums[sum_at(warp * ROWS + row, pair)] = make_float2(acc[j][n][2 * i], acc[j][n][2 * i + 1]);
             }
     __syncthreads();
     auto block_sum = [&](int row, int pair) {
-        float2 sum = sums[row * PAIR_STRIDE + pair];
+        float2 sum = sums[sum_at(row, pair)];
         #pragma unroll
         for (int w = 1; w < WARPS; ++w) {
-            const float2 more = sums[(w * ROWS + row) * PAIR_STRIDE + pair];
+            const float2 more = sums[sum_at(w * ROWS + row, pair)];
             sum.x += more.x, sum.y += more.y;
         }
         return sum;
@@ -303,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     for (int e = threadIdx.x; e < ROWS * pairs; e += THREADS) {
         const int row = e % ROWS, pair = e / ROWS, owner = row / OWNED;
         const float2 sum = block_sum(row, pair);
-        const u32 to = base + RECEIVED_AT + ((split * OWNED + row % OWNED) * PAIRS + pair) * 8;
+        const u32 to = base + RECEIVED_AT + ((split * PAIRS + pair) * OWNED + row % OWNED) * 8;
         if (owner == split) {
             asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(sum.x), "f"(sum.y) : "memory");
         } else {
@@ -324,10 +330,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT / THREADS) w4a16_
     for (int e = threadIdx.x; e < OWNED * pairs; e += THREADS) {
         const int row = e % OWNED, pair = e / OWNED;
         if (row >= owned) continue;
-        float2 sum = received[row * PAIRS + pair];
+        float2 sum = received[pair * OWNED + row];
         #pragma unroll
         for (int s = 1; s < SPLITS; ++s) {
-            const float2 more = received[(s * OWNED + row) * PAIRS + pair];
+            const float2 more = received[(s * PAIRS + pair) * OWNED + row];
             sum.x += more.x, sum.y += more.y;
         }
         write(split * OWNED + row, pair, sum);

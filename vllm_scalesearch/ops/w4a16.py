@@ -104,8 +104,9 @@ class Plan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         outputs, pairs = _OUTPUT_TILE * self.groups, self.tokens // 2
+        pitch = 4 if self.tokens == 8 else 8 if self.tokens == 16 else 16  # pairs of tokens, as the kernel lays sums out
         ring = self.warps * (self.depth * (self.groups * 1152 + self.tokens * 80) + self.groups * 512)
-        needed = -(-max(ring, self.warps * outputs * (pairs + 1) * 8) // 16) * 16 + (outputs + self.tokens) * 4
+        needed = -(-max(ring, self.warps * outputs * pitch * 8) // 16) * 16 + (outputs + self.tokens) * 4
         return needed + (16 + self.splits * -(-outputs // self.splits) * pairs * 8 if self.cluster else 0)
 
 
@@ -157,10 +158,8 @@ def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, cl
         warps, depth = (12, 3) if steps >= 24 else (8, 3)
     elif tokens == 16:
         warps, depth = (12, 3) if steps >= 200 else (16, 2) if splits == 1 and steps >= 64 else (8, 3)
-    elif tokens == 24:
-        warps, depth = (12, 3) if steps >= 100 else (8, 3)
     else:
-        warps, depth = (12, 3) if steps >= 200 else (8, 3) if steps >= 56 else (4, 3)
+        warps, depth = (12, 3) if steps >= (100 if tokens == 24 else 200) else (8, 3)
     return Plan(tokens, 1, warps, splits, clusters and splits > 1, depth)
 
 
