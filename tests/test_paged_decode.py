@@ -1,6 +1,7 @@
 """paged_decode.cu and paged_decode_wide.cu: the reference's attention, of requests that have one query each."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -176,7 +177,7 @@ def test_options(options: str, group: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [4, 12])
+@pytest.mark.parametrize("group", [4, 12, 24])
 @pytest.mark.parametrize(
     "lengths", [[5], [40_000], [1] * 300, list(range(1, 600, 7))], ids=["5", "40k", "300", "many"]
 )
@@ -190,7 +191,7 @@ def test_batches(lengths: list[int], group: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [2, 12])
+@pytest.mark.parametrize("group", [2, 12, 24])
 def test_nan_reaches_those_that_see_it(group: int) -> None:
     """A NaN in a stored key or value of the first request, one in a value of the second's newest token."""
     lengths = [200, 100, 70, 90]
@@ -210,7 +211,7 @@ def test_nan_reaches_those_that_see_it(group: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [2, 12])
+@pytest.mark.parametrize("group", [2, 12, 24])
 def test_capture_in_a_cuda_graph(group: int) -> None:
     options = AttentionOptions(**KV)
     batches = [build([(n, 1) for n in some], options, dim=128, group=group, block_size=64, seed=i)
@@ -243,7 +244,7 @@ def test_capture_in_a_cuda_graph(group: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("group", "matrix"), [(4, True), (4, False), (12, True)])
+@pytest.mark.parametrize(("group", "matrix"), [(4, True), (4, False), (12, True), (32, True)])
 def test_a_step_reads_what_it_wrote(group: int, matrix: bool) -> None:
     """Kernels begin while the one in front writes tokens and queries: all of it must be waited for."""
     batch = build(LONG_DECODE, AttentionOptions(**KV), dim=128, heads=2, group=group, block_size=64)
@@ -279,6 +280,24 @@ def test_a_step_reads_what_it_wrote(group: int, matrix: bool) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(output, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requests", [3, 300], ids=["fewer than blocks", "more than blocks"])
+@pytest.mark.parametrize("group", [4, 12, 24])
+def test_requests_that_have_no_tokens_any_more(group: int, requests: int) -> None:
+    """Nothing is merged by what a launch with more tokens left in the same memory."""
+    lengths = [3000, *[40] * (requests - 1)]
+    batch = build([(n, 1) for n in lengths], AttentionOptions(**KV), dim=64, heads=2, group=group)
+    check_output(run(batch), batch)
+    of_all = batch.needed_step.seq_lens
+    some = replace(batch.needed_step, seq_lens=torch.where(torch.arange(requests) % 2 == 0, of_all, 0))
+    none = replace(batch.needed_step, seq_lens=torch.zeros_like(of_all))
+    expected = run(batch)
+    output = run(replace(batch, needed_step=some))
+    torch.testing.assert_close(output[::2], expected[::2], atol=2e-3, rtol=1.6e-2)
+    assert (output[1::2] == SENTINEL).all()
+    assert (run(replace(batch, needed_step=none)) == SENTINEL).all()
 
 
 @pytest.mark.gpu

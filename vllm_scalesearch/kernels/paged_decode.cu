@@ -421,8 +421,6 @@ __device__ __forceinline__ void whole_unit(
 struct Narrow {
     static constexpr int FINDERS = WARPS, FOUND = D + 8;  // lanes of a store go to different banks
     static constexpr int WARP_BYTES = 16 * PITCH;
-    static constexpr float OUTPUT_UNIT = NARROW_OUTPUT_UNIT;
-    static constexpr int LEAST = NARROW_LEAST;
     static constexpr bool RAGGED = false;
     static_assert(QUERIES * FOUND * 4 <= WARP_BYTES);
 
@@ -437,6 +435,7 @@ struct Narrow {
 #pragma unroll
             for (int m = 0; m < GROUPS; m++) state.output[i][m][0] = state.output[i][m][1] = 0.0f;
         }
+        start();
         // What the first units need is under way before anything is waited for.
         const int whole = part.whole_units(), whole_end = min(part.last, whole);
         int unit = part.first + warp;

@@ -35,7 +35,6 @@
 constexpr int WORDS = D / 32;            // of codes of a lane for a token's key; of scales of two tokens' keys
 constexpr int K_WORDS = 2;               // of a token's codes that a lane reads at once, as registers allow
 constexpr u32 HALF_ONES = 0x3C003C00u, ONES = HALF ? HALF_ONES : 0x3F803F80u;
-constexpr int WHOLE_PITCH = 4 * D + 16;  // bytes of a token's key and value in 16 bits
 
 // What a warp copies: a unit in 16 bits and one packed, or two packed ones, which are larger than one in 16 bits.
 constexpr int WARP_BYTES = (AHEAD ? 16 * WHOLE_PITCH : UNIT_BYTES) + UNIT_BYTES;
@@ -210,22 +209,6 @@ __device__ __forceinline__ void stored_units(
 
 // --- tokens in 16 bits -----------------------------------------------------------------------------
 
-// Begin to copy keys and values of 16 tokens, a row each, 8 lanes of which have 128 bytes at a time.
-__device__ __forceinline__ void copy_whole(
-    u8* to, const Arguments& a, const int* table, int head, const WholeUnit& unit, int lane) {
-    const u8* from[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        from[i] = reinterpret_cast<const u8*>(
-            whole_token(a, table, head, unit.tile * 16 + 4 * i + lane / 8, unit.low, unit.high)) + lane % 8 * 16;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-        for (int n = 0; n < D / 32; n++)
-            copy_16(to + (4 * i + lane / 8) * WHOLE_PITCH + n * 128 + lane % 8 * 16, from[i] + n * 128);
-    }
-}
-
 // Scores of a warp's unit, and what they become.
 __device__ __forceinline__ void whole_scores(
     float (&s)[TILES][2][4], const Arguments& a, const Part& part, const WholeUnit& unit, const u8* copied, int lane) {
@@ -339,8 +322,8 @@ __device__ __forceinline__ void whole_units(
         }
         __syncthreads();  // all warps are done with all units
         if (unit + WARPS < last)
-            copy_whole(
-                shared + warp * WARP_BYTES, a, table, part.head, WholeUnit(part.ranges, unit + WARPS), lane);
+            WholeRows(a, table, part.head, WholeUnit(part.ranges, unit + WARPS), lane)
+                .copy(shared + warp * WARP_BYTES, lane);
     }
 }
 
@@ -348,8 +331,6 @@ __device__ __forceinline__ void whole_units(
 
 struct Wide {
     static constexpr int FOUND = FOUND_PITCH, WARP_BYTES = ::WARP_BYTES, FINDERS = 1;
-    static constexpr float OUTPUT_UNIT = WIDE_OUTPUT_UNIT;
-    static constexpr int LEAST = WIDE_LEAST;
     static constexpr bool RAGGED = true;
 
     static __device__ __forceinline__ void attend(
@@ -368,11 +349,13 @@ struct Wide {
         const auto copy_stored = [&](bool now) {
             if (now && stored + warp < stored_end) copy_unit(mine + PACKED_AT, a, tiles, part.head, lane);
         };
-        const bool any_whole = part.first < whole_end;
+        const bool any_whole = part.first < whole_end, own_whole = part.first + warp < whole_end;
+        WholeRows rows_of_first = {};
+        if (own_whole) rows_of_first = WholeRows(a, full_table, part.head, WholeUnit(part.ranges, part.first + warp), lane);
+        start();
         Queries loaded;
         loaded.load(a, part);
-        if (part.first + warp < whole_end)
-            copy_whole(mine, a, full_table, part.head, WholeUnit(part.ranges, part.first + warp), lane);
+        if (own_whole) rows_of_first.copy(mine, lane);
         copy_stored(AHEAD || !any_whole);
         loaded.store(rows, row_factors, a.score_scale);
 

@@ -1,5 +1,5 @@
-// Units of packed tokens of paged_decode_wide.cu in shared memory: codes of keys of both tiles, codes of values; scales
-// likewise.
+// Units of paged_decode_wide.cu in shared memory. Packed ones: codes of keys of both tiles, codes
+// of values; scales likewise. In 16 bits: a row for each token, of its key and value.
 #pragma once
 
 #include "decode_work.cuh"
@@ -7,6 +7,7 @@
 constexpr int TILE_CODES = 8 * D;    // bytes of codes of 16 tokens' keys, or of their values
 constexpr int UNIT_SCALES = 32 * D;  // where scales begin
 constexpr int UNIT_BYTES = 36 * D;
+constexpr int WHOLE_PITCH = 4 * D + 16;  // bytes of a token's key and value in 16 bits
 
 // Where a piece of 16 bytes of keys' codes lies in shared memory, so that lanes that read at once do not meet in a
 // bank: rows are a power of two of pieces, but for heads of 96.
@@ -60,3 +61,26 @@ __device__ __forceinline__ void copy_unit(u8* to, const Arguments& a, const Tile
             copy_16(to + UNIT_SCALES + piece * 16, from + (area < 2 ? K_SCALES : V_SCALES) + piece % (D / 16) * 16);
     }
 }
+
+// A unit in 16 bits: of each token 8 lanes have 128 bytes at a time.
+struct WholeRows {
+    const u8* from[4];
+
+    WholeRows() = default;
+    __device__ __forceinline__ WholeRows(
+        const Arguments& a, const int* table, int head, const WholeUnit& unit, int lane) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            from[i] = reinterpret_cast<const u8*>(
+                whole_token(a, table, head, unit.tile * 16 + 4 * i + lane / 8, unit.low, unit.high)) + lane % 8 * 16;
+    }
+    // Begin to copy it.
+    __device__ __forceinline__ void copy(u8* to, int lane) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int n = 0; n < D / 32; n++)
+                copy_16(to + (4 * i + lane / 8) * WHOLE_PITCH + n * 128 + lane % 8 * 16, from[i] + n * 128);
+        }
+    }
+};

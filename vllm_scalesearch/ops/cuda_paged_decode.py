@@ -18,11 +18,12 @@ from vllm_scalesearch.ops.step import Step
 
 HEAD_SIZES = (64, 96, 128, 256)
 _WARPS = 4
-_MERGE, _MERGE_WARPS = "paged_decode_merge", 8
+_MERGE, _MERGE_WARPS = "paged_decode_merge", 16
 # Query heads of a KV head up to which paged_decode.cu takes them; paged_decode_wide.cu takes more, and how
 # many at once.
 _NARROW = 8
 _WIDE = 32
+_ASIDE_BYTES = 128  # decode_work.cuh's Aside
 # Shared memory for a multiprocessor's blocks, some for the device left over.
 _SHARED_BYTES = 220 * 1024
 # Sums are kept in units of V's tensor scale, times 2^-119 or 2^-14, which must leave room on both sides.
@@ -117,7 +118,7 @@ def program(
     )  # fmt: skip
     if group > _NARROW:
         macros += (f"AHEAD={int(ahead)}",)
-    shared = _WARPS * (-(-warp // 16) * 16) + block
+    shared = _ASIDE_BYTES + _WARPS * (-(-warp // 16) * 16) + block
     return Program(name, macros, queries, -(-group // queries), blocks, shared, full_unit)
 
 
@@ -157,28 +158,35 @@ def decode(
     run = _kernel(found.name, found.macros, q.device)
     early = torch.cuda.get_device_capability(q.device)[0] >= 9
     grid = _multiprocessors(q.device) * found.blocks
-    partial = torch.empty(2 * grid * found.queries * (dim + 2), dtype=torch.float32, device=q.device)
-    statistics = partial[2 * grid * found.queries * dim :]
+    # Of each block two parts' sums, two parts' maxima and totals, and an entry that says which belong together.
+    sums, pairs = 2 * grid * found.queries * dim, 4 * grid * found.queries
+    partial = torch.empty(sums + pairs + 4 * grid, dtype=torch.float32, device=q.device)
+    statistics, entries = partial[sums:], partial[sums + pairs :]
     score_scale, cap = options.exp2_scales(dim)
     v_scale = float(options.v_scale)
     run(
         (grid, 1, 1), 32 * _WARPS, found.shared_bytes,
         q, pages, full, output, step.query_start_loc, step.seq_lens, step.block_table, step.full_block_table,
-        partial, statistics,
+        partial, statistics, entries,
         requests, heads, found.pieces, group, step.block_table.stride(0), step.full_block_table.stride(0),
         q.stride(0), q.stride(1), output.stride(0), output.stride(1), pages.stride(0), pages.stride(1),
         full.stride(0), full.stride(1), score_scale, cap, found.full_unit / v_scale, v_scale,
         512, 32, 2, 0x70007000,
         early=early,
     )  # fmt: skip
-    shared_heads = min(requests * heads * found.pieces, grid)
-    # As many blocks as fill the device, up to one for each query.
-    queries = found.queries * shared_heads // (2 * _multiprocessors(q.device))
-    programs = -(-found.queries // min(max(queries, 1), _MERGE_WARPS))
+    # Entries are of heads of requests, or of blocks, whichever are fewer.
+    shared, per_entry = requests * heads * found.pieces, heads * found.pieces
+    if shared > grid:
+        shared, per_entry = grid, 0
+    # Blocks for each, two a multiprocessor, up to one for each query; and where those are few, large ones.
+    processors = _multiprocessors(q.device)
+    queries = -(-found.queries * shared // (2 * processors))
+    warps = _MERGE_WARPS if found.queries * shared <= processors else _MERGE_WARPS // 2
+    programs = -(-found.queries // min(queries, warps))
     _kernel(_MERGE, found.macros, q.device)(
-        (shared_heads, programs, 1), 32 * _MERGE_WARPS, _MERGE_WARPS * (4 * dim + 8),
-        step.query_start_loc, step.seq_lens, partial, statistics, output,
-        requests, heads, found.pieces, group, grid, output.stride(0), output.stride(1), v_scale,
+        (shared, programs, 1), 32 * warps, warps * (4 * dim + 8),
+        step.query_start_loc, step.seq_lens, entries, partial, statistics, output,
+        per_entry, found.pieces, group, output.stride(0), output.stride(1), v_scale,
         early=early,
     )  # fmt: skip
 

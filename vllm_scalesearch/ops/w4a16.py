@@ -104,7 +104,8 @@ class Plan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         outputs, pairs = _OUTPUT_TILE * self.groups, self.tokens // 2
-        pitch = 4 if self.tokens == 8 else 8 if self.tokens == 16 else 16  # pairs of tokens, as the kernel lays sums out
+        # Pairs of tokens, as the kernel lays sums out.
+        pitch = 4 if self.tokens == 8 else 8 if self.tokens == 16 else 16
         ring = self.warps * (self.depth * (self.groups * 1152 + self.tokens * 80) + self.groups * 512)
         needed = -(-max(ring, self.warps * outputs * pitch * 8) // 16) * 16 + (outputs + self.tokens) * 4
         return needed + (16 + self.splits * -(-outputs // self.splits) * pairs * 8 if self.cluster else 0)
