@@ -11,8 +11,8 @@
 //   FINDERS      warps that leave what they found in it, 1 or all; if 1, for all, and it may take theirs
 //   FOUND        floats of each query in that: D sums, the maximum of its scores, the total of its P and others
 //   RAGGED       the group is not a multiple of QUERIES, and the last of its programs has fewer
-//   attend       the units of a part, into the warps' memory; every thread of the block calls it. Before `start` it
-//                reads tables only
+//   attend       the units of a part, into the warps' memory; every thread of the block calls it. It calls `start`, and
+//                has read nothing but tables before
 //
 // Macros: D head size; QUERIES query heads of a program; PAGE and FULL_PAGE tokens of the pages; SINK, RECENT,
 // WINDOW (0: none) tokens; SOFT_CAP, HALF 0 or 1.
@@ -63,7 +63,7 @@ struct Arguments {
 // paged_decode.cu all warps have work with 3, and those added for whole heads, mostly one unit.
 constexpr bool WIDE = QUERIES > 8;  // paged_decode_wide.cu, which has no programs of fewer
 constexpr int WHOLE_SLOTS = WIDE ? 2 : 1, LEAST = WIDE ? 8 : 3;
-constexpr int CROSSING = 4;
+constexpr int CROSSING = 4;  // slots that a block takes longer if its share crosses from a head to the next
 
 // What of a request's tokens is where.
 struct Ranges {
@@ -225,7 +225,6 @@ struct Shares {
             const u32 heads = (items + blocks - 1) / blocks, wanted = items / heads;
             if (wanted * heads == items && wanted * 16 >= blocks * 15) blocks = wanted;
         } else if (items) {
-            // A share that crosses heads costs some slots more.
             const u32 fewer = blocks - blocks % items;
             if (blocks % items * 16 <= blocks || all / fewer <= all / blocks + CROSSING) blocks = fewer;
         }

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 2) paged_decode_m
     float2* found_statistics = reinterpret_cast<float2*>(found + warps * D);
     wait_for_results();  // all blocks, also those without work: kernels behind this one rely on the one in front
     let_next_begin();
-    // Both at once. Of a request without tokens there is no entry.
+    // All these loads at once. Of a request without tokens there is no entry.
     const int4 entry = __ldcg(reinterpret_cast<const int4*>(entries + blockIdx.x));
     bool none = false;
     if (per_entry) {
@@ -89,7 +89,8 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 2) paged_decode_m
     maximum = max_across<1, 32>(of_warp.x);
     const float weight_of_warp = weight_of(of_warp.x, maximum);
     const float factor = output_unit / sum_across<1, 32>(of_warp.y * weight_of_warp);
-    u16* out = output + static_cast<long long>(row) * output_stride + (head * group + piece * QUERIES + query) * output_head_stride;
+    u16* out = output + static_cast<long long>(row) * output_stride +
+               (head * group + piece * QUERIES + query) * output_head_stride;
 #pragma unroll
     for (int k = 0; k < PIECES; k++) {
         const int channel = 4 * (k * 32 + lane);
