@@ -92,18 +92,23 @@ def test_plans_cover_the_product(rows, clusters, limit):
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"),  # at 8, 16 and 32 rows: groups, warps, splits
+    ("shape", "expected"),  # at 8, 16, 24 and 32 rows: groups, warps, splits
     [
-        ((10240, 8192), [(2, 6, 1), (1, 4, 3), (2, 6, 1)]),
-        ((12288, 4096), [(2, 6, 1), (1, 4, 2), (2, 6, 1)]),
-        ((14336, 4096), [(2, 6, 1), (2, 6, 1), (2, 6, 1)]),
-        ((22016, 4096), [(1, 7, 1), (1, 4, 1), (1, 4, 1)]),
-        ((28672, 4096), [(4, 5, 1), (4, 5, 1), (4, 3, 1)]),
+        ((10240, 8192), [(2, 6, 1), (1, 4, 3), (1, 4, 3), (2, 6, 1)]),
+        ((12288, 4096), [(2, 6, 1), (1, 4, 2), (1, 4, 2), (2, 6, 1)]),
+        ((14336, 4096), [(2, 6, 1), (2, 6, 1), (2, 6, 1), (2, 6, 1)]),
+        ((22016, 4096), [(1, 7, 1), (1, 4, 1), (1, 4, 1), (1, 4, 1)]),
+        ((28672, 4096), [(4, 5, 1), (4, 5, 1), (4, 3, 1), (4, 3, 1)]),
+        # And fewer.
+        ((2560, 2560), [(1, 12, 2), (1, 8, 2), (1, 8, 2), (1, 8, 2)]),
+        ((4096, 4096), [(1, 12, 2), (1, 8, 2), (1, 8, 2), (1, 8, 2)]),
+        ((6144, 4096), [(1, 12, 1), (1, 16, 1), (1, 12, 1), (1, 8, 1)]),
+        ((4096, 14336), [(1, 12, 2), (1, 12, 2), (1, 12, 2), (1, 12, 2)]),
     ],
 )
-def test_wide_matrices_are_cut_as_measured_and_compile(shape, expected):
+def test_matrices_are_cut_as_measured_and_compile(shape, expected):
     """More tiles than an H100's 132 multiprocessors: blocks of several tiles, if that leaves none with more."""
-    plans = [w4a16.plan(rows, *shape, 132, 227 << 10, True) for rows in (8, 16, 32)]
+    plans = [w4a16.plan(rows, *shape, 132, 227 << 10, True) for rows in (8, 16, 24, 32)]
     assert [(plan.groups, plan.warps, plan.splits) for plan in plans] == expected
     for plan in plans:  # the source checks its shared memory
         defines = plan.defines(torch.bfloat16, w4a16.E4M3)

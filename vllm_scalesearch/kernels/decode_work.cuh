@@ -15,7 +15,7 @@
 //                has read nothing but tables before
 //
 // Macros: D head size; QUERIES query heads of a program; PAGE and FULL_PAGE tokens of the pages; SINK, RECENT,
-// WINDOW (0: none) tokens; SOFT_CAP, HALF 0 or 1.
+// WINDOW (0: none) tokens; SOFT_CAP, HALF 0 or 1; ASIDE bytes in front of a program's shared memory.
 #pragma once
 
 #include "nvfp4_attention.cuh"
@@ -26,7 +26,14 @@ constexpr int K_SCALES = PAGE * D / 2, V_CODES = PAGE * D * 9 / 16, V_SCALES = V
 
 static_assert(D % 32 == 0 && PAGE % 16 == 0 && FULL_PAGE >= 4);
 
-struct Entry;
+// A block leaves the first and the last part of its share in two places of its own. The block that a head of a request
+// begins in says where its parts are: in `first`, and in the first places of the `count` - 1 blocks behind. There is such an
+// entry of every head of a request that has tokens, or, if there are more heads than blocks, of every block, for the head
+// that it shares with the next.
+struct __align__(16) Entry {
+    int first, count;
+    int item, row;  // the head and its program, of the request; the request's query
+};
 
 struct Arguments {
     const u16* q;
@@ -248,15 +255,7 @@ struct Shares {
 
 // --- what blocks found -----------------------------------------------------------------------------
 
-// A block leaves the first and the last part of its share in two places of its own. The block that a head of a request
-// begins in says where its parts are: in `first`, and in the first places of the `count` - 1 blocks behind. There is such an
-// entry of every head of a request that has tokens, or, if there are more heads than blocks, of every block, for the head
-// that it shares with the next.
-struct __align__(16) Entry {
-    int first, count;
-    int item, row;  // the head and its program, of the request; the request's query
-};
-
+// Whether there is an entry of every head.
 __device__ __forceinline__ bool by_head(const Arguments& a) { return a.requests * a.heads * a.pieces <= gridDim.x; }
 
 // At multiples of 16 bytes.
@@ -287,7 +286,7 @@ struct __align__(128) Aside {
     int head_end;  // in the list
     int alone, query_head;
 };
-static_assert(sizeof(Aside) == 128, "as ops/cuda_paged_decode.py has it");
+static_assert(sizeof(Aside) == ASIDE, "as ops/cuda_paged_decode.py has it");
 
 template <class Program>
 __device__ __forceinline__ void decode_work(const Arguments& a) {

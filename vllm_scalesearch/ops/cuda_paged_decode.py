@@ -114,7 +114,7 @@ def program(
         f"D={dim}", f"QUERIES={queries}", f"TILES={tiles}", f"PAGE={layout.block_size}",
         f"FULL_PAGE={full_page}", f"SINK={options.sink}", f"RECENT={options.recent}",
         f"WINDOW={options.sliding_window or 0}", f"SOFT_CAP={int(options.logits_soft_cap is not None)}",
-        f"HALF={int(dtype == torch.float16)}", f"BLOCKS={blocks}",
+        f"HALF={int(dtype == torch.float16)}", f"BLOCKS={blocks}", f"ASIDE={_ASIDE_BYTES}",
     )  # fmt: skip
     if group > _NARROW:
         macros += (f"AHEAD={int(ahead)}",)
