@@ -88,7 +88,7 @@ def test_plans_cover_the_product(rows, clusters, limit):
                 # Blocks that add up in global memory wait for none, but have a workspace of so many sums.
                 assert plan.splits == 1 or plan.cluster or tiles * plan.splits <= processors
                 assert plan.splits == 1 or tiles <= 1024  # what is counted in a workspace
-                assert plan.warps >= 2 and 32 * plan.groups * plan.warps <= 1024
+                assert plan.warps >= 2 and plan.threads <= 1024 and plan.resident(limit) >= 1
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,11 @@ def test_plans_cover_the_product(rows, clusters, limit):
         ((10240, 8192), [(2, 6, 1), (1, 4, 3), (1, 4, 3), (2, 6, 1)]),
         ((12288, 4096), [(2, 6, 1), (1, 4, 2), (1, 4, 2), (2, 6, 1)]),
         ((14336, 4096), [(2, 6, 1), (2, 6, 1), (2, 6, 1), (2, 6, 1)]),
-        ((22016, 4096), [(1, 7, 1), (1, 4, 1), (1, 4, 1), (1, 4, 1)]),
-        ((28672, 4096), [(4, 5, 1), (4, 5, 1), (4, 3, 1), (4, 3, 1)]),
+        ((22016, 4096), [(1, 8, 1), (1, 4, 1), (1, 4, 1), (1, 4, 1)]),
+        ((28672, 4096), [(4, 5, 1), (4, 5, 1), (2, 4, 1), (4, 3, 1)]),
+        ((34816, 5120), [(5, 4, 1), (1, 4, 1), (5, 3, 1), (1, 4, 1)]),
+        ((43008, 5376), [(6, 3, 1), (2, 3, 1), (2, 4, 1), (6, 2, 1)]),
+        ((57344, 8192), [(8, 3, 1), (8, 2, 1), (1, 4, 1), (1, 4, 1)]),
         # And fewer.
         ((2560, 2560), [(1, 12, 2), (1, 8, 2), (1, 8, 2), (1, 8, 2)]),
         ((4096, 4096), [(1, 12, 2), (1, 8, 2), (1, 8, 2), (1, 8, 2)]),
@@ -107,12 +110,24 @@ def test_plans_cover_the_product(rows, clusters, limit):
     ],
 )
 def test_matrices_are_cut_as_measured_and_compile(shape, expected):
-    """More tiles than an H100's 132 multiprocessors: blocks of several tiles, if that leaves none with more."""
+    """More tiles than an H100's 132 multiprocessors: of the cuts that are fast, one that gives all as many."""
     plans = [w4a16.plan(rows, *shape, 132, 227 << 10, True) for rows in (8, 16, 24, 32)]
     assert [(plan.groups, plan.warps, plan.splits) for plan in plans] == expected
     for plan in plans:  # the source checks its shared memory
         defines = plan.defines(torch.bfloat16, w4a16.E4M3)
         assert compile_kernel("w4a16_decode.cu", "w4a16_decode", defines, "sm_90a")[1:4] == b"ELF"
+
+
+def test_many_tiles_fill_the_multiprocessors():
+    """Of a matrix of two tiles for each or more, the busiest has less than 1.5 times the mean."""
+    for processors, limit in ((132, 227 << 10), (108, 163 << 10), (128, 99 << 10)):
+        for tiles in range(2 * processors, 3000, 7):
+            for rows in (8, 16, 24, 32):
+                plan = w4a16.plan(rows, 64 * tiles, 4096, processors, limit, processors == 132)
+                blocks, resident = -(-tiles // plan.groups), plan.resident(limit)
+                whole, rest = divmod(blocks, processors * resident)
+                busiest = (whole * resident + -(-rest // processors)) * plan.groups
+                assert plan.splits == 1 and busiest * processors < 1.5 * tiles, (tiles, rows, plan)
 
 
 def test_multiprocessors_are_left_idle_rather_than_given_two_blocks():
@@ -226,8 +241,13 @@ def _expected(x, weight, bias=None, row_scale=None):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(64, 32), (100, 48), (576, 576), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-)
+    "shape",
+    [
+        (64, 32), (100, 48), (576, 576), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336),
+        # Blocks of one to eight tiles, the last one not full.
+        (12288, 512), (24576, 512), (34780, 528), (43008, 1024), (57300, 512),
+    ],
+)  # fmt: skip
 def test_product_against_fp64(shape, dtype):
     weight = _weight(*shape, "cuda")
     tiled = tile(weight)

@@ -80,7 +80,8 @@ def compile_kernel(source: str, name: str, defines: tuple[str, ...], arch: str) 
     return code
 
 
-def _cached(source: str, name: str, defines: tuple[str, ...], arch: str) -> bytes:
+def machine_code(source: str, name: str, defines: tuple[str, ...], arch: str) -> bytes:
+    """`compile_kernel`, or what the cache has of it. Needs no GPU."""
     _, nvrtc = _bindings()
     version = _check(nvrtc.nvrtcVersion(), "NVRTC's version")
     key = repr(((_SOURCES / source).read_bytes(), _headers(), defines, arch, _OPTIONS, version))
@@ -167,7 +168,7 @@ class Kernel:
 def _load(source: str, name: str, defines: tuple[str, ...], device_index: int) -> Kernel:
     driver, _ = _bindings()
     device = torch.device("cuda", device_index)
-    code = _cached(source, name, defines, arch_of(device))
+    code = machine_code(source, name, defines, arch_of(device))
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # the primary context exists
         module = _check(driver.cuModuleLoadData(code), f"{name}: loading")

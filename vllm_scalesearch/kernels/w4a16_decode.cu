@@ -13,14 +13,14 @@
 // Macros, besides those of nvfp4_tiles.cuh: TOKENS (8, 16, 24 or 32: at least the rows of x), GROUPS (of 64
 // outputs a tile), WARPS (a group; each takes every WARPS-th step), DEPTH (steps in flight a warp), SPLITS (of the
 // inputs, each a block's), CLUSTER (1: the splits of a tile are a cluster and add up through shared memory,
-// sm_90; 0: they add up through global memory), SHARED (bytes of a launch's shared memory).
+// sm_90; 0: they add up through global memory), SHARED (bytes of a launch's shared memory), RESIDENT (threads that a
+// multiprocessor is to hold, which bounds registers).
 
 #include "nvfp4_tiles.cuh"
 
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int ROWS = 64 * GROUPS;
 constexpr int THREADS = 32 * WARPS * GROUPS;
-constexpr int RESIDENT = TOKENS == 8 ? 1024 : TOKENS == 16 ? 640 : TOKENS == 24 ? 512 : 384;  // threads, by registers
 constexpr int STEP = 1152;  // bytes of 32 inputs by 64 outputs
 constexpr int SCALE_PAIRS = 512;  // bytes: the scales of a step as registers of two
 constexpr int X_STRIDE = 80;  // bytes of a token's 32 activations; a fragment load meets all banks

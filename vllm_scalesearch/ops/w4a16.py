@@ -11,7 +11,6 @@ outputs, a multiple of 64, and K inputs, of 32:
   ``n // 64 * 64 + n % 8 * 8 + n % 64 // 8`` of row k // 16.
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -19,8 +18,8 @@ import torch
 
 from vllm_scalesearch.cuda_kernels import Kernel, kernel
 from vllm_scalesearch.formats import QuantizedTensor
+from vllm_scalesearch.ops.w4a16_plan import INPUT_STEP, MAX_ROWS, OUTPUT_TILE, Plan, plan
 
-MAX_ROWS = 32
 # A piece's dequantized values should stay in the L2, but cuBLAS wants some width.
 _PIECE_BYTES, _PIECE_OUTPUTS = 24 << 20, 2048
 
@@ -29,10 +28,6 @@ E4M3 = 0  # codes of 8 and more, or blocks of zeros: what nearly every tensor ha
 E4M3_SUBNORMAL = 1  # any codes
 MARLIN = 2  # bits 14 to 7 of fp16(scale * f * 2^7), f a power of two; two columns of each four swapped
 
-_OUTPUT_TILE, _INPUT_STEP = 64, 32
-# How many clusters of so many blocks that each fill a multiprocessor an H100 of 132 holds at a time, by
-# cuOccupancyMaxActiveClusters: clusters do not cross the groups that multiprocessors are built in.
-_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 24, 6: 17, 7: 15, 8: 15}
 # Blocks that share a tile without a cluster meet in memory that no other stream may use meanwhile.
 _STREAMS = 4
 
@@ -78,62 +73,11 @@ def scale_encoding(weight: QuantizedTensor) -> int:
     return E4M3_SUBNORMAL if bool(((codes < 8) & filled).any()) else E4M3
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a product is cut up; the names are those of kernels/w4a16_decode.cu.
-
-    cluster: the `splits` blocks of a tile add up in shared memory, otherwise in global memory.
-    """
-
-    tokens: int
-    groups: int
-    warps: int
-    splits: int
-    cluster: bool
-    depth: int
-
-    def defines(self, dtype: torch.dtype, encoding: int) -> tuple[str, ...]:
-        """Macros of the kernel."""
-        return (
-            f"HALF={int(dtype == torch.float16)}", f"TOKENS={self.tokens}", f"GROUPS={self.groups}",
-            f"WARPS={self.warps}", f"DEPTH={self.depth}", f"SPLITS={self.splits}", f"SCALES={encoding}",
-            f"CLUSTER={int(self.cluster)}", f"SHARED={self.shared_bytes}",
-        )  # fmt: skip
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        outputs, pairs = _OUTPUT_TILE * self.groups, self.tokens // 2
-        # Pairs of tokens, as the kernel lays sums out.
-        pitch = 4 if self.tokens == 8 else 8 if self.tokens == 16 else 16
-        ring = self.warps * (self.depth * (self.groups * 1152 + self.tokens * 80) + self.groups * 512)
-        needed = -(-max(ring, self.warps * outputs * pitch * 8) // 16) * 16 + (outputs + self.tokens) * 4
-        return needed + (16 + self.splits * -(-outputs // self.splits) * pairs * 8 if self.cluster else 0)
-
-
-@functools.cache
-def plan(
-    rows: int, padded_outputs: int, padded_inputs: int, processors: int, shared_limit: int, clusters: bool
-) -> Plan:
-    """The plan for a product, by the measurements in benchmarks/NOTES.md.
-
-    rows: of x, at most `MAX_ROWS`. processors: the GPU's multiprocessors. shared_limit: bytes of shared
-    memory that a block may have. clusters: whether there are thread block clusters (sm_90 and newer).
-    """
-    chosen = _cut(rows, padded_outputs, padded_inputs, processors, clusters)
-    if chosen.shared_bytes <= shared_limit:
-        return chosen
-    chosen = dataclasses.replace(chosen, depth=2, warps=min(chosen.warps, 8))
-    if chosen.shared_bytes <= shared_limit:
-        return chosen
-    return dataclasses.replace(chosen, groups=2, warps=4)
-
-
 def rows_before_humming(padded_outputs: int, processors: int) -> int:
     """Up to how many rows `product` is taken to be faster than Humming's kernel on Hopper, by six shapes
     (benchmarks/results/gemm.json, gemm_uneven.json).
     """
-    tiles = padded_outputs // _OUTPUT_TILE
+    tiles = padded_outputs // OUTPUT_TILE
     return 24 if processors < tiles < 1.4 * processors else MAX_ROWS
 
 
@@ -145,51 +89,6 @@ def dense_rows(outputs: int, inputs: int, marlin: bool) -> int:
     if marlin:
         return 1024
     return 1792 if outputs * inputs <= 64 << 20 else 2560
-
-
-def _cut(rows: int, padded_outputs: int, padded_inputs: int, processors: int, clusters: bool) -> Plan:
-    """By sweeps of 15 shapes on an H100 (benchmarks/NOTES.md)."""
-    tiles, steps = padded_outputs // _OUTPUT_TILE, padded_inputs // _INPUT_STEP
-    tokens = -(-rows // 8) * 8
-    if tiles > processors:
-        return _wide_cut(tokens, tiles, steps, processors, clusters)
-    splits = _splits(tiles, steps, processors, clusters)
-    steps //= splits
-    if tokens == 8:
-        warps, depth = (12, 3) if steps >= 24 else (8, 3)
-    elif tokens == 16:
-        warps, depth = (12, 3) if steps >= 200 else (16, 2) if splits == 1 and steps >= 64 else (8, 3)
-    else:
-        warps, depth = (12, 3) if steps >= (100 if tokens == 24 else 200) else (8, 3)
-    return Plan(tokens, 1, warps, splits, clusters and splits > 1, depth)
-
-
-def _splits(tiles: int, steps: int, processors: int, clusters: bool) -> int:
-    """Blocks for each tile. A multiprocessor without work costs less than one with two blocks."""
-    for splits in range(8, 1, -1):
-        fit = _CLUSTERS[splits] * processors // 132 if clusters else processors // splits
-        if tiles <= fit and steps >= 16 * splits:
-            return splits
-    return 1
-
-
-def _wide_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Plan:
-    """More tiles than multiprocessors: blocks of several tiles read activations once for all of them."""
-
-    def busiest(groups: int, splits: int = 1) -> float:
-        """Tiles that the multiprocessor with the most of them has."""
-        blocks = -(-tiles // groups) * splits
-        return -(-blocks // processors) * groups / splits
-
-    if tiles < 2 * processors:
-        if clusters and tokens in (16, 24):
-            splits = min((2, 3), key=lambda splits: busiest(1, splits))
-            if busiest(1, splits) * 1.15 < busiest(2) and steps >= 16 * splits:
-                return Plan(tokens, 1, 4, splits, True, 3)
-        return Plan(tokens, 2, 6, 1, False, 3)
-    if busiest(1) * (1.17 if tokens == 32 else 1.06) < busiest(4):
-        return Plan(tokens, 1, 7, 1, False, 2) if tokens == 8 else Plan(tokens, 1, 4, 1, False, 3)
-    return Plan(tokens, 4, 5 if tokens <= 16 else 3, 1, False, 4 if tokens == 32 else 3)
 
 
 class _Workspaces:
@@ -246,13 +145,13 @@ def _kernel_for(plan: Plan, weight: TiledWeight, dtype: torch.dtype) -> Kernel:
 
 
 def _tiles(plan: Plan, weight: TiledWeight) -> int:
-    return -(-weight.padded_outputs // (_OUTPUT_TILE * plan.groups))
+    return -(-weight.padded_outputs // (OUTPUT_TILE * plan.groups))
 
 
 def _sums_needed(plan: Plan, weight: TiledWeight) -> int:
     if plan.cluster or plan.splits == 1:
         return 0
-    return _tiles(plan, weight) * plan.splits * _OUTPUT_TILE * plan.groups * plan.tokens
+    return _tiles(plan, weight) * plan.splits * OUTPUT_TILE * plan.groups * plan.tokens
 
 
 def prepare(weight: TiledWeight, dtype: torch.dtype) -> None:
@@ -271,11 +170,13 @@ def product(
     weight: TiledWeight,
     bias: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
+    cut: Plan | None = None,
 ) -> torch.Tensor:
     """``x @ W.T * row_scale + bias``: fp32 up to one rounding at the end, the same bits at every run.
 
     x: (M, K) bf16 or fp16 on the GPU, M at most `MAX_ROWS`. bias: (N,) in x's dtype. row_scale: fp32,
-    M values. Returns (M, N) in x's dtype. Raises ValueError for other shapes and dtypes.
+    M values. cut: instead of what `plan` says, to measure others. Returns (M, N) in x's dtype. Raises
+    ValueError for other shapes and dtypes.
     """
     if x.dim() != 2 or x.shape[1] != weight.inputs or not 0 < x.shape[0] <= MAX_ROWS:
         raise ValueError(f"w4a16: expected x of 1 to {MAX_ROWS} rows by {weight.inputs}, got {tuple(x.shape)}")
@@ -284,7 +185,7 @@ def product(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)  # the kernel copies 16 aligned bytes at a time
     rows = x.shape[0]
-    chosen = _plan_for(rows, weight)
+    chosen = cut or _plan_for(rows, weight)
     run = _kernel_for(chosen, weight, x.dtype)
     out = x.new_empty(rows, weight.outputs)
     needed = _sums_needed(chosen, weight)
@@ -297,7 +198,7 @@ def product(
         (_tiles(chosen, weight), chosen.splits, 1), 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
         x, weight.codes, weight.scales, weight.tensor_scale, bias, row_scale, out, sums, arrived,
         weight.multiplier, rows, weight.outputs, weight.inputs, x.stride(0), weight.padded_outputs,
-        weight.padded_inputs, -(-weight.padded_inputs // _INPUT_STEP // chosen.splits),
+        weight.padded_inputs, -(-weight.padded_inputs // INPUT_STEP // chosen.splits),
         cluster=chosen.cluster, early=torch.cuda.get_device_capability(x.device)[0] >= 9,
     )  # fmt: skip
     return out
@@ -314,10 +215,10 @@ def dequantize(
     out = torch.empty(last - first, weight.inputs, dtype=dtype, device=weight.codes.device)
     defines = (f"HALF={int(dtype == torch.float16)}", f"SCALES={weight.encoding}")
     run = kernel("w4a16_dequantize.cu", "w4a16_dequantize", defines, weight.codes.device)
-    grid = (-(-weight.inputs // 64), -(-(last - first) // _OUTPUT_TILE), 1)
+    grid = (-(-weight.inputs // 64), -(-(last - first) // OUTPUT_TILE), 1)
     run(
         grid, 128, 64 * 144, weight.codes, weight.scales, out, weight.outputs, weight.inputs,
-        weight.padded_outputs, weight.padded_inputs, first // _OUTPUT_TILE,
+        weight.padded_outputs, weight.padded_inputs, first // OUTPUT_TILE,
     )  # fmt: skip
     return out
 
@@ -335,7 +236,7 @@ def dense_product(
     `product`. Rounds to x's dtype after the product and, where there is one, after bias and row_scale.
     """
     out = x.new_empty(x.shape[0], weight.outputs)
-    step = max(_PIECE_OUTPUTS, _PIECE_BYTES // (2 * weight.inputs) // _OUTPUT_TILE * _OUTPUT_TILE)
+    step = max(_PIECE_OUTPUTS, _PIECE_BYTES // (2 * weight.inputs) // OUTPUT_TILE * OUTPUT_TILE)
     for first in range(0, weight.outputs, step):
         last = min(first + step, weight.outputs)
         part = out[:, first:last]

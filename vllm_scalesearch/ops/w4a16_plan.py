@@ -1,0 +1,153 @@
+"""How a product of few rows with NVFP4 weights is cut up for kernels/w4a16_decode.cu."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+
+MAX_ROWS = 32
+OUTPUT_TILE, INPUT_STEP = 64, 32
+
+# Threads that a multiprocessor holds at a time, as the kernel's registers allow, by its tokens.
+RESIDENT = {8: 1024, 16: 640, 24: 512, 32: 384}
+_RESERVED_BYTES = 1024  # of shared memory, by the driver, for each block
+# How many clusters of so many blocks that each fill a multiprocessor an H100 of 132 holds at a time, by
+# cuOccupancyMaxActiveClusters: clusters do not cross the groups that multiprocessors are built in.
+_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 24, 6: 17, 7: 15, 8: 15}
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What a product of many tiles takes, in units of what its bytes take at the copy's rate: `load` times
+    what the busiest multiprocessor has over the mean, less `wave` over how often the GPU is filled with
+    blocks, and a part of each (groups, warps, depth). Fitted to benchmarks/results/w4a16_cuts.json.
+    """
+
+    load: float
+    wave: float
+    cuts: dict[tuple[int, int, int], float]
+
+
+_FITS = {
+    8: _Fit(0.52, 0.12, {(1, 8, 2): 0.66, (4, 5, 3): 0.56, (5, 4, 3): 0.58, (6, 3, 3): 0.61, (8, 3, 3): 0.54}),
+    16: _Fit(0.76, 0.17, {(1, 4, 3): 0.49, (2, 3, 3): 0.46, (4, 5, 3): 0.36, (8, 2, 3): 0.39}),
+    24: _Fit(1.00, 0.18, {(1, 4, 3): 0.23, (2, 4, 3): 0.20, (5, 2, 3): 0.56, (5, 3, 3): 0.30}),
+    32: _Fit(1.06, 0.19, {(1, 4, 3): 0.34, (4, 3, 4): 0.26, (6, 2, 3): 0.36}),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is cut up; the names are those of kernels/w4a16_decode.cu.
+
+    cluster: the `splits` blocks of a tile add up in shared memory, otherwise in global memory.
+    """
+
+    tokens: int
+    groups: int
+    warps: int
+    splits: int
+    cluster: bool
+    depth: int
+
+    def defines(self, dtype: torch.dtype, encoding: int) -> tuple[str, ...]:
+        """Macros of the kernel."""
+        return (
+            f"HALF={int(dtype == torch.float16)}", f"TOKENS={self.tokens}", f"GROUPS={self.groups}",
+            f"WARPS={self.warps}", f"DEPTH={self.depth}", f"SPLITS={self.splits}", f"SCALES={encoding}",
+            f"CLUSTER={int(self.cluster)}", f"SHARED={self.shared_bytes}", f"RESIDENT={RESIDENT[self.tokens]}",
+        )  # fmt: skip
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.groups * self.warps
+
+    def resident(self, shared_limit: int) -> int:
+        """Blocks that a multiprocessor holds at a time, if `shared_limit` is what one block may have."""
+        return min(
+            RESIDENT[self.tokens] // self.threads,
+            (shared_limit + _RESERVED_BYTES) // (self.shared_bytes + _RESERVED_BYTES),
+        )
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        outputs, pairs = OUTPUT_TILE * self.groups, self.tokens // 2
+        # Pairs of tokens, as the kernel lays sums out.
+        pitch = 4 if self.tokens == 8 else 8 if self.tokens == 16 else 16
+        ring = self.warps * (self.depth * (self.groups * 1152 + self.tokens * 80) + self.groups * 512)
+        needed = -(-max(ring, self.warps * outputs * pitch * 8) // 16) * 16 + (outputs + self.tokens) * 4
+        return needed + (16 + self.splits * -(-outputs // self.splits) * pairs * 8 if self.cluster else 0)
+
+
+@functools.cache
+def plan(
+    rows: int, padded_outputs: int, padded_inputs: int, processors: int, shared_limit: int, clusters: bool
+) -> Plan:
+    """The plan for a product, by measurements on an H100 (benchmarks/NOTES.md).
+
+    rows: of x, at most `MAX_ROWS`. processors: the GPU's multiprocessors. shared_limit: bytes of shared
+    memory that a block may have. clusters: whether there are thread block clusters (sm_90 and newer).
+    """
+    tiles, steps = padded_outputs // OUTPUT_TILE, padded_inputs // INPUT_STEP
+    tokens = -(-rows // 8) * 8
+    if tiles >= 2 * processors:
+        return _widest_cut(tokens, tiles, processors, shared_limit)
+    cut = _wide_cut if tiles > processors else _narrow_cut
+    chosen = cut(tokens, tiles, steps, processors, clusters)
+    if chosen.shared_bytes <= shared_limit:
+        return chosen
+    return dataclasses.replace(chosen, depth=2, warps=min(chosen.warps, 8))
+
+
+def _narrow_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Plan:
+    """A tile for each multiprocessor at most."""
+    splits = _splits(tiles, steps, processors, clusters)
+    steps //= splits
+    if tokens == 8:
+        warps, depth = (12, 3) if steps >= 24 else (8, 3)
+    elif tokens == 16:
+        warps, depth = (12, 3) if steps >= 200 else (16, 2) if splits == 1 and steps >= 64 else (8, 3)
+    else:
+        warps, depth = (12, 3) if steps >= (100 if tokens == 24 else 200) else (8, 3)
+    return Plan(tokens, 1, warps, splits, clusters and splits > 1, depth)
+
+
+def _splits(tiles: int, steps: int, processors: int, clusters: bool) -> int:
+    """Blocks for each tile. A multiprocessor without work costs less than one with two blocks."""
+    for splits in range(8, 1, -1):
+        fit = _CLUSTERS[splits] * processors // 132 if clusters else processors // splits
+        if tiles <= fit and steps >= 16 * splits:
+            return splits
+    return 1
+
+
+def _wide_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Plan:
+    """More tiles than multiprocessors, but not two for each."""
+    if clusters and tokens in (16, 24):
+
+        def busiest(splits: int) -> float:
+            """Tiles that the multiprocessor with the most of them has; with blocks of two tiles, two."""
+            return -(-tiles * splits // processors) / splits
+
+        splits = min((2, 3), key=busiest)
+        if busiest(splits) * 1.15 < 2 and steps >= 16 * splits:
+            return Plan(tokens, 1, 4, splits, True, 3)
+    return Plan(tokens, 2, 6, 1, False, 3)
+
+
+def _widest_cut(tokens: int, tiles: int, processors: int, shared_limit: int) -> Plan:
+    """Two tiles for each multiprocessor or more: blocks of several read activations once for all of them."""
+    fit = _FITS[tokens]
+
+    def cost(cut: Plan) -> float:
+        blocks, resident = -(-tiles // cut.groups), cut.resident(shared_limit)
+        waves, rest = divmod(blocks, processors * resident)
+        busiest = (waves * resident + -(-rest // processors)) * cut.groups
+        load = busiest * processors / tiles
+        return fit.load * load - fit.wave / (waves + bool(rest)) + fit.cuts[cut.groups, cut.warps, cut.depth]
+
+    cuts = [Plan(tokens, groups, warps, 1, False, depth) for groups, warps, depth in fit.cuts]
+    return min((cut for cut in cuts if cut.shared_bytes <= shared_limit), key=cost)
