@@ -1,9 +1,9 @@
 """Engines in processes of their own: they start side by side, and take turns once all are up.
 
 Starting takes minutes of CPU time each. What is measured runs alone, a part of one engine and then a part of
-the next, on the same cores: how fast a machine's cores are changes within minutes and differs from one to
-another, which is not to be one engine's luck. A benchmark's script is run again for each engine, with
-``--measure MODEL ARGUMENTS RESULT``.
+the next, all parts of a round on the same cores, the two that are fastest just then: how fast a machine's cores
+are changes within minutes and differs from one to another, which is not to be one engine's luck. A benchmark's
+script is run again for each engine, with ``--measure MODEL ARGUMENTS RESULT``.
 """
 
 import argparse
@@ -34,7 +34,8 @@ def run_measure(given: list[str], measure: Callable[[str, dict, Callable[..., No
 
     measure: takes model, engine arguments, and what it calls when its engine is up, and again before each part
     that may be measured apart: that returns when it is this engine's turn. Given the `LLM`, it also keeps that
-    from going on with its requests meanwhile.
+    from going on with its requests meanwhile, and puts the two threads that are busy all the time, this one
+    and the worker's, on the cores that all engines have in this round.
     """
     model, engine, result = given
     result = Path(result)
@@ -44,37 +45,72 @@ def run_measure(given: list[str], measure: Callable[[str, dict, Callable[..., No
         if llm is None:
             _wait_for_turn(*files)
         else:
-            llm.collective_rpc(_hold, args=files)
+            _stay_on(llm.collective_rpc(_hold, args=files)[0], 0)
 
     partial = result.with_suffix(".part")
     partial.write_text(json.dumps(measure(model, json.loads(engine), turn)))
     partial.rename(result)
 
 
-def _wait_for_turn(ready: str, go: str) -> None:
+def _wait_for_turn(ready: str, go: str) -> list[int]:
+    """Returns the cores of this round."""
     Path(ready).touch()
     while not Path(go).exists():
         time.sleep(0.02)
+    cores = json.loads(Path(go).read_text())
     Path(go).unlink()
+    return cores
 
 
-def _hold(worker: Any, ready: str, go: str) -> None:
+def _hold(worker: Any, ready: str, go: str) -> list[int]:
     """In an engine's worker, which takes no step before this returns."""
-    _wait_for_turn(ready, go)
+    cores = _wait_for_turn(ready, go)
+    _stay_on(cores, 1)
+    return cores
 
 
-def same_cores(llm: Any) -> None:
-    """Put the two threads of a started engine that are busy all the time, this one and its worker's, on the
-    cores that every engine puts them on. With fewer than four cores they stay where they are.
+def _stay_on(cores: list[int], place: int) -> None:
+    """Put this thread on one of a round's cores, if it has any."""
+    if cores:
+        os.sched_setaffinity(0, {cores[place]})
+
+
+def fastest_cores(count: int = 2) -> list[int]:
+    """The cores on which some Python takes least, each of another physical one, the fastest first; none where
+    there are fewer than four, which engines had better share as they like.
     """
-    _stay_on(None, 0)
-    llm.collective_rpc(_stay_on, args=(1,))
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 4:
+        return []
+    seconds = {}
+    try:
+        for core in allowed:
+            os.sched_setaffinity(0, {core})
+            seconds[core] = min(_python_seconds() for _ in range(5))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    chosen: list[int] = []
+    for core in sorted(allowed, key=seconds.__getitem__):
+        if len(chosen) < count and not any(core in _siblings(other) for other in chosen):
+            chosen.append(core)
+    return chosen
 
 
-def _stay_on(worker: Any, place: int) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= 4:
-        os.sched_setaffinity(0, {cores[-1 - place]})
+def _python_seconds() -> float:
+    start = time.perf_counter()
+    counts: dict[int, int] = {}
+    for i in range(20_000):
+        counts[i % 64] = counts.get(i % 64, 0) + 1
+    return time.perf_counter() - start
+
+
+def _siblings(core: int) -> set[int]:
+    """Logical cores of a core's physical one."""
+    listed = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+    if not listed.exists():
+        return {core}
+    ranges = (part.split("-") for part in listed.read_text().strip().split(","))
+    return {core for ends in ranges for core in range(int(ends[0]), int(ends[-1]) + 1)}
 
 
 def groups_of(gib: dict[str, float], at_once: int | None) -> list[list[str]]:
@@ -133,9 +169,12 @@ def _measure_group(
             _comes((ready[name],), runs[name])
         running = list(engines)
         while running:
+            cores = fastest_cores()
             for name in list(running):
                 ready[name].unlink(missing_ok=True)  # it has ended without
-                go[name].touch()
+                waiting = go[name].with_suffix(".go.part")
+                waiting.write_text(json.dumps(cores))
+                waiting.rename(go[name])
                 if _comes((ready[name], results[name]), runs[name]) and not results[name].exists():
                     continue
                 running.remove(name)

@@ -54,8 +54,7 @@ def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str,
         compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
         **arguments,
     )
-    turn()
-    engines.same_cores(llm)
+    turn(llm)
     generator = torch.Generator().manual_seed(0)
     prompts = {}
     for batch in BATCHES:
@@ -81,9 +80,9 @@ def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str,
     rounds: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for _ in range(ROUNDS):
         for batch, rates in rounds.items():
-            turn()
+            turn(llm)
             rates.append(batch * OUTPUT / (seconds(batch, OUTPUT + 1) - seconds(batch, 1)))
-    turn()
+    turn(llm)
     return {
         "tokens_per_s": {batch: statistics.median(rates) for batch, rates in rounds.items()},
         "rounds": rounds,

@@ -197,8 +197,7 @@ def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str,
     } | arguments
     llm = LLM(model, **arguments)
     found = Capacity(*llm.collective_rpc(capacity)[0])
-    turn()
-    engines.same_cores(llm)
+    turn(llm)
     run_case(llm, "warm-up", 2, 256, OUTPUT, PROFILED)
     run_case(llm, "long warm-up", 2, BATCHED + 500, 8)
     for batch in sorted({batch for batch, _ in sizes.values()}):  # kernels of vLLM's that depend on it
@@ -207,7 +206,7 @@ def measure(model: str, arguments: dict, turn: Callable[..., None]) -> dict[str,
     plan += [("fixed", length, *found.batch(length)) for length in lengths]
     runs: dict[str, dict[Any, Any]] = {"cases": {}, "fixed": {}, "failed": {}}
     for part, case, batch, length, *how in plan:
-        turn()
+        turn(llm)
         try:
             runs[part][case] = run_case(llm, f"{batch}x{length}", batch, length, *how)
         except Overfull as error:

@@ -1,8 +1,8 @@
 """What the serving benchmarks measure with: engines that take turns, and rates of a batch."""
 
 import os
-import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import engines
 import pytest
@@ -66,27 +66,31 @@ def test_an_engine_that_fails_is_named_and_the_others_go_on(run, capfd):
     assert "out of memory, say" in capfd.readouterr().out
 
 
-def test_busy_threads_of_all_engines_have_the_same_cores(monkeypatch):
-    of_threads = {}
+def test_busy_threads_of_all_engines_have_a_rounds_fastest_cores(monkeypatch, tmp_path):
+    stayed, seconds = [], {3: 4.0, 4: 1.0, 5: 1.1, 6: 2.0, 7: 3.0}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(seconds))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: stayed.append(cores))
+    monkeypatch.setattr(engines, "_python_seconds", lambda: seconds[min(stayed[-1])])
+    monkeypatch.setattr(engines, "_siblings", lambda core: {4, 5} if core in (4, 5) else {core})
+    assert engines.fastest_cores() == [4, 6]
+    assert stayed == [{3}, {4}, {5}, {6}, {7}, set(seconds)]
 
-    class Engine:
-        def collective_rpc(self, function, args):
-            thread = threading.Thread(target=function, args=(None, *args), name="worker")
-            thread.start()
-            thread.join()
+    stayed.clear()
+    engine = SimpleNamespace(collective_rpc=lambda function, args: [function(None, *args)])
+    result = tmp_path / "result.json"
+    result.with_suffix(".go").write_text("[4, 6]")
+    engines.run_measure(["model", "{}", str(result)], lambda model, arguments, turn: turn(engine))
+    assert stayed == [{6}, {4}]  # the worker, and the thread that asks it
 
-    def stay(_, cores):
-        of_threads[threading.current_thread().name] = cores
+    del seconds[7], seconds[6]
+    stayed.clear()
+    assert engines.fastest_cores() == [] and not stayed
 
-    def cores_of(count: int) -> dict[str, set[int]]:
-        of_threads.clear()
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3, 3 + count)))
-        monkeypatch.setattr(os, "sched_setaffinity", stay)
-        engines.same_cores(Engine())
-        return of_threads
 
-    assert cores_of(16) == {"MainThread": {18}, "worker": {17}}
-    assert cores_of(3) == {}
+def test_logical_cores_of_one():
+    """Of the machine that this runs on: every core is its own sibling."""
+    for core in os.sched_getaffinity(0):
+        assert core in engines._siblings(core)
 
 
 @pytest.mark.vllm
