@@ -268,6 +268,34 @@ def test_product_against_fp64(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [5, 16, 23, 31])
+def test_every_cut_of_a_small_matrix(rows):
+    """All cuts that GPUs of several sizes take, also those that this one does not, on matrices that
+    compute-sanitizer is done with soon."""
+    major, _ = torch.cuda.get_device_capability()
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    sizes = [(132, 227 << 10, True), (132, 227 << 10, False), (108, 163 << 10, False), (128, 99 << 10, False)]
+    cuts = {
+        w4a16.plan(rows, 64 * tiles, inputs, *size)
+        for size in sizes
+        for tiles in (4, 20, 24, 32, 40, 64, 90, 144, 192, *range(264, 1200, 40))
+        for inputs in (576, 4096, 14336)
+    }
+    cuts = [cut for cut in cuts if cut.shared_bytes <= limit and (major >= 9 or not cut.cluster)]
+    assert len({cut.groups for cut in cuts}) > 1 and len({cut.splits for cut in cuts}) > 1
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(rows, 528, device="cuda", generator=generator).bfloat16()
+    for groups in {cut.groups for cut in cuts}:
+        weight = _weight(64 * 2 * groups + 36, 528, "cuda")
+        tiled, expected = tile(weight), _expected(x, weight)
+        slack = expected.norm(dim=-1, keepdim=True) / expected.shape[1] ** 0.5 * 2**-16
+        for cut in (cut for cut in cuts if cut.groups == groups):
+            out = w4a16.product(x, tiled, cut=cut).double()
+            close = (out - expected).abs() <= expected.abs() * _BOUND[torch.bfloat16] + slack
+            assert close.all(), cut
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_subnormal_scales_are_exact(dtype):
     values = torch.randn(256, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
