@@ -74,7 +74,7 @@ def scale_encoding(weight: QuantizedTensor) -> int:
 
 
 def rows_before_humming(padded_outputs: int, processors: int) -> int:
-    """Up to how many rows `product` is taken to be faster than Humming's kernel on Hopper, by six shapes
+    """Up to how many rows `product` is taken to be faster than Humming's kernel on Hopper, by ten shapes
     (benchmarks/results/gemm.json, gemm_uneven.json).
     """
     tiles = padded_outputs // OUTPUT_TILE
