@@ -130,6 +130,15 @@ def test_many_tiles_fill_the_multiprocessors():
                 assert plan.splits == 1 and busiest * processors < 1.5 * tiles, (tiles, rows, plan)
 
 
+def test_a_plan_for_fewer_rows_is_refused():
+    with pytest.raises(ValueError, match="a plan for 8 rows at most, got 9"):
+        w4a16.product(
+            torch.zeros(9, 64, dtype=torch.bfloat16),
+            tile(_weight(64, 64)),
+            cut=w4a16.Plan(8, 1, 8, 1, False, 3),
+        )
+
+
 def test_multiprocessors_are_left_idle_rather_than_given_two_blocks():
     """As measured: an H100 has 132, and holds 39 clusters of 3 blocks that fill one each but 30 of 4."""
     for outputs, splits in ((1024, 6), (2048, 3), (2560, 2), (4096, 2), (5120, 1), (6144, 1), (8192, 1)):

@@ -186,6 +186,8 @@ def product(
         x = x.clone(memory_format=torch.contiguous_format)  # the kernel copies 16 aligned bytes at a time
     rows = x.shape[0]
     chosen = cut or _plan_for(rows, weight)
+    if chosen.tokens < rows:
+        raise ValueError(f"w4a16: a plan for {chosen.tokens} rows at most, got {rows}")
     run = _kernel_for(chosen, weight, x.dtype)
     out = x.new_empty(rows, weight.outputs)
     needed = _sums_needed(chosen, weight)
