@@ -2,10 +2,10 @@
 
     python benchmarks/w4a16_cuts.py [--shapes 34816x5120,...] [--rows 8,16,24,32] [--name w4a16_cuts]
 
-What the rules in ops/w4a16_plan.py come from. Shapes, outputs x inputs, are matrices of models in use unless
-given: those of more tiles of 64 outputs than an H100 has multiprocessors, with --narrow the others. Weights
-rotate, so that they come from memory; the cuts take turns in one run, each behind another kernel whose own time
-is taken off.
+For matrices of more tiles of 64 outputs than the GPU has multiprocessors; w4a16_fit.py makes the rule for most
+of them from it. Shapes, outputs x inputs, are such matrices of models in use unless given. Weights rotate, so
+that they come from memory; the cuts take turns in one run, each behind another kernel whose own time is taken
+off.
 """
 
 import argparse
@@ -23,60 +23,37 @@ from vllm_scalesearch.cuda_kernels import arch_of, machine_code
 from vllm_scalesearch.ops import w4a16
 from vllm_scalesearch.ops.w4a16_plan import RESIDENT, Plan, plan
 
-WIDE = (
+SHAPES = (
     "9216x2304,12288x2048,14336x4096,16384x2048,16384x3072,17920x1536,19456x2560,20480x2560,22016x2048,22016x4096,"
     "24576x4096,27648x5120,28672x3584,28672x4096,28672x8192,30720x3840,34816x5120,35840x5120,37888x3584,43008x5376,"
     "51200x5120,55296x5120,57344x8192,65536x5120,73728x4608,128256x4096,151936x4096"
-)
-NARROW = (
-    "1536x1536,1536x8960,2048x1536,2048x2048,2048x8192,2560x2560,3072x2048,3072x3072,3072x8192,3584x3584,3584x18944,"
-    "4096x4096,4096x14336,4608x3584,5120x3072,5120x5120,5120x17408,6144x4096,7168x5120,8192x8192,8192x28672"
 )
 # Of a group, by groups.
 WARPS = {1: (4, 5, 6, 7, 8), 2: (3, 4, 5, 6), 3: (3, 4, 5, 6), 4: (3, 4, 5), 5: (2, 3, 4), 6: (2, 3), 8: (2, 3)}
 
 
-def wide_cuts(tokens: int, tiles: int, processors: int) -> list[Plan]:
-    """Of more tiles than multiprocessors: those that leave none with far more tiles than the mean."""
+def cuts_for(tokens: int, tiles: int, processors: int, shared_limit: int, clusters: bool) -> list[Plan]:
+    """Those that fit a block and leave no multiprocessor with far more tiles than the mean."""
     cuts = [
         Plan(tokens, groups, warps, 1, False, depth)
         for groups, counts in WARPS.items()
         for warps in counts
         for depth in ((2, 3) if groups == 1 else (3,))
     ]
-    if tiles < 2 * processors:
+    if clusters and tiles < 2 * processors:
         cuts += [Plan(tokens, 1, warps, splits, True, 3) for splits in (2, 3) for warps in (4, 6, 8)]
 
     def busiest(cut: Plan) -> float:
         blocks = -(-tiles // cut.groups) * cut.splits
         return -(-blocks // processors) * cut.groups / cut.splits
 
-    return [cut for cut in cuts if busiest(cut) <= max(1.5 * tiles / processors, 2)]
-
-
-def narrow_cuts(tokens: int, tiles: int, steps: int, processors: int) -> list[Plan]:
-    """Of fewer tiles: inputs split among the blocks of a cluster, few of which share a multiprocessor."""
     return [
-        Plan(tokens, groups, warps, splits, splits > 1, depth)
-        for groups, counts in ((1, (8, 12, 16)), (2, (4, 6)))
-        for splits in range(1, 9)
-        if splits * -(-tiles // groups) <= 1.25 * processors and splits * tiles * 2 >= processors * groups
-        for warps in counts
-        if steps >= splits * warps
-        for depth in (2, 3)
+        cut
+        for cut in cuts
+        if cut.threads <= RESIDENT[tokens]
+        and cut.shared_bytes <= shared_limit
+        and busiest(cut) <= max(1.5 * tiles / processors, 2)
     ]
-
-
-def cuts_for(
-    tokens: int, tiles: int, steps: int, processors: int, shared_limit: int, clusters: bool
-) -> list[Plan]:
-    found = (
-        wide_cuts(tokens, tiles, processors)
-        if tiles > processors
-        else narrow_cuts(tokens, tiles, steps, processors)
-    )
-    found = [cut for cut in found if clusters or not cut.cluster]
-    return [cut for cut in found if cut.threads <= RESIDENT[tokens] and cut.shared_bytes <= shared_limit]
 
 
 def label(cut: Plan) -> str:
@@ -96,26 +73,21 @@ def random_weight(outputs: int, inputs: int) -> w4a16.TiledWeight:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", help="outputs x inputs, multiples of 64")
-    parser.add_argument("--narrow", action="store_true", help="shapes of few outputs")
+    parser.add_argument("--shapes", default=SHAPES, help="outputs x inputs, multiples of 64")
     parser.add_argument("--rows", default="8,16,24,32")
     parser.add_argument("--name", default="w4a16_cuts", help="of the file under results/")
     arguments = parser.parse_args()
     rows = [int(count) for count in arguments.rows.split(",")]
-    chosen = arguments.shapes or (NARROW if arguments.narrow else WIDE)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in chosen.split(",")]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     device = torch.cuda.get_device_properties(0)
     processors, limit = device.multi_processor_count, device.shared_memory_per_block_optin
-
-    def taken_for(count: int, outputs: int, inputs: int) -> Plan:
-        return plan(count, outputs, inputs, processors, limit, device.major >= 9)
 
     work = {}
     for outputs, inputs in shapes:
         for count in rows:
             tokens = -(-count // 8) * 8
-            cuts = cuts_for(tokens, outputs // 64, inputs // 32, processors, limit, device.major >= 9)
-            taken = taken_for(count, outputs, inputs)
+            cuts = cuts_for(tokens, outputs // 64, processors, limit, device.major >= 9)
+            taken = plan(count, outputs, inputs, processors, limit, device.major >= 9)
             work[outputs, inputs, count] = [taken] + [cut for cut in cuts if cut != taken]
     different = {cut for cuts in work.values() for cut in cuts}
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import w4a16_fit
 
 from vllm_scalesearch.cuda_kernels import KernelBuildError, compile_kernel
 from vllm_scalesearch.formats import NVFP4, QuantizedTensor, pack_e2m1, unpack_e2m1
-from vllm_scalesearch.ops import w4a16
+from vllm_scalesearch.ops import w4a16, w4a16_plan
 from vllm_scalesearch.search import quantize
 
 
@@ -88,7 +89,7 @@ def test_plans_cover_the_product(rows, clusters, limit):
                 # Blocks that add up in global memory wait for none, but have a workspace of so many sums.
                 assert plan.splits == 1 or plan.cluster or tiles * plan.splits <= processors
                 assert plan.splits == 1 or tiles <= 1024  # what is counted in a workspace
-                assert plan.warps >= 2 and plan.threads <= 1024 and plan.resident(limit) >= 1
+                assert plan.warps >= 2 and plan.threads <= 1024
 
 
 @pytest.mark.parametrize(
@@ -124,10 +125,26 @@ def test_many_tiles_fill_the_multiprocessors():
         for tiles in range(2 * processors, 3000, 7):
             for rows in (8, 16, 24, 32):
                 plan = w4a16.plan(rows, 64 * tiles, 4096, processors, limit, processors == 132)
-                blocks, resident = -(-tiles // plan.groups), plan.resident(limit)
-                whole, rest = divmod(blocks, processors * resident)
-                busiest = (whole * resident + -(-rest // processors)) * plan.groups
-                assert plan.splits == 1 and busiest * processors < 1.5 * tiles, (tiles, rows, plan)
+                assert plan.splits == 1 and plan.occupancy(tiles, processors, limit)[0] < 1.5, (tiles, plan)
+
+
+@pytest.mark.parametrize(
+    ("cut", "tiles", "limit", "expected"),
+    [
+        # Four blocks of 256 threads a multiprocessor: 528 tiles fill them, the next ones wait.
+        (w4a16.Plan(8, 1, 8, 1, False, 2), 528, 227 << 10, (1.0, 1)),
+        (w4a16.Plan(8, 1, 8, 1, False, 2), 544, 227 << 10, (5 * 132 / 544, 2)),
+        (w4a16.Plan(8, 5, 4, 1, False, 3), 544, 227 << 10, (5 * 132 / 544, 1)),  # 109 blocks of five
+        (w4a16.Plan(8, 1, 8, 1, False, 2), 400, 99 << 10, (4 * 132 / 400, 2)),  # shared memory for three
+    ],
+)
+def test_occupancy(cut, tiles, limit, expected):
+    assert cut.occupancy(tiles, 132, limit) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rows", [8, 16, 24, 32])
+def test_the_rule_is_what_was_measured(rows):
+    assert w4a16_fit.fit(rows) == w4a16_plan.FITS[rows]
 
 
 def test_a_plan_for_fewer_rows_is_refused():

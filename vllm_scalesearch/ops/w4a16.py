@@ -197,7 +197,7 @@ def product(
         workspaces.reserve(needed)
         sums, arrived = workspaces.of(torch.cuda.current_stream(x.device))
     run(
-        (_tiles(chosen, weight), chosen.splits, 1), 32 * chosen.groups * chosen.warps, chosen.shared_bytes,
+        (_tiles(chosen, weight), chosen.splits, 1), chosen.threads, chosen.shared_bytes,
         x, weight.codes, weight.scales, weight.tensor_scale, bias, row_scale, out, sums, arrived,
         weight.multiplier, rows, weight.outputs, weight.inputs, x.stride(0), weight.padded_outputs,
         weight.padded_inputs, -(-weight.padded_inputs // INPUT_STEP // chosen.splits),

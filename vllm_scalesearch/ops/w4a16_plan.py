@@ -18,10 +18,10 @@ _CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 24, 6: 17, 7: 15, 8: 15}
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """What a product of many tiles takes, in units of what its bytes take at the copy's rate: `load` times
     what the busiest multiprocessor has over the mean, less `wave` over how often the GPU is filled with
-    blocks, and a part of each (groups, warps, depth). Fitted to benchmarks/results/w4a16_cuts.json.
+    blocks, and a part of each cut (groups, warps, depth). By benchmarks/w4a16_fit.py.
     """
 
     load: float
@@ -29,11 +29,11 @@ class _Fit:
     cuts: dict[tuple[int, int, int], float]
 
 
-_FITS = {
-    8: _Fit(0.52, 0.12, {(1, 8, 2): 0.66, (4, 5, 3): 0.56, (5, 4, 3): 0.58, (6, 3, 3): 0.61, (8, 3, 3): 0.54}),
-    16: _Fit(0.76, 0.17, {(1, 4, 3): 0.49, (2, 3, 3): 0.46, (4, 5, 3): 0.36, (8, 2, 3): 0.39}),
-    24: _Fit(1.00, 0.18, {(1, 4, 3): 0.23, (2, 4, 3): 0.20, (5, 2, 3): 0.56, (5, 3, 3): 0.30}),
-    32: _Fit(1.06, 0.19, {(1, 4, 3): 0.34, (4, 3, 4): 0.26, (6, 2, 3): 0.36}),
+FITS = {
+    8: Fit(0.49, 0.12, {(1, 8, 2): 0.66, (4, 5, 3): 0.56, (5, 4, 3): 0.58, (6, 3, 3): 0.61, (8, 3, 3): 0.54}),
+    16: Fit(0.74, 0.18, {(1, 4, 3): 0.48, (2, 3, 3): 0.46, (4, 5, 3): 0.36, (8, 2, 3): 0.39}),
+    24: Fit(0.99, 0.17, {(1, 4, 3): 0.21, (2, 4, 3): 0.17, (5, 2, 3): 0.51, (5, 3, 3): 0.27}),
+    32: Fit(1.05, 0.18, {(1, 4, 3): 0.32, (4, 3, 4): 0.24, (6, 2, 3): 0.33}),
 }
 
 
@@ -64,12 +64,17 @@ class Plan:
         """Of a block."""
         return 32 * self.groups * self.warps
 
-    def resident(self, shared_limit: int) -> int:
-        """Blocks that a multiprocessor holds at a time, if `shared_limit` is what one block may have."""
-        return min(
+    def occupancy(self, tiles: int, processors: int, shared_limit: int) -> tuple[float, int]:
+        """Of a product without splits: tiles of the busiest multiprocessor over the mean, and how often
+        blocks fill the GPU. shared_limit: bytes of shared memory that a block may have.
+        """
+        resident = min(
             RESIDENT[self.tokens] // self.threads,
             (shared_limit + _RESERVED_BYTES) // (self.shared_bytes + _RESERVED_BYTES),
         )
+        whole, rest = divmod(-(-tiles // self.groups), processors * resident)
+        busiest = (whole * resident + -(-rest // processors)) * self.groups
+        return busiest * processors / tiles, whole + bool(rest)
 
     @property
     def shared_bytes(self) -> int:
@@ -140,14 +145,11 @@ def _wide_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bo
 
 def _widest_cut(tokens: int, tiles: int, processors: int, shared_limit: int) -> Plan:
     """Two tiles for each multiprocessor or more: blocks of several read activations once for all of them."""
-    fit = _FITS[tokens]
+    fit = FITS[tokens]
 
     def cost(cut: Plan) -> float:
-        blocks, resident = -(-tiles // cut.groups), cut.resident(shared_limit)
-        waves, rest = divmod(blocks, processors * resident)
-        busiest = (waves * resident + -(-rest // processors)) * cut.groups
-        load = busiest * processors / tiles
-        return fit.load * load - fit.wave / (waves + bool(rest)) + fit.cuts[cut.groups, cut.warps, cut.depth]
+        load, waves = cut.occupancy(tiles, processors, shared_limit)
+        return fit.load * load - fit.wave / waves + fit.cuts[cut.groups, cut.warps, cut.depth]
 
     cuts = [Plan(tokens, groups, warps, 1, False, depth) for groups, warps, depth in fit.cuts]
     return min((cut for cut in cuts if cut.shared_bytes <= shared_limit), key=cost)
