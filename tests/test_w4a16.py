@@ -1,5 +1,6 @@
 """The decode product: layout and plans on the CPU, sources for every architecture, numbers on a GPU."""
 
+import collections
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ def test_plans_cover_the_product(rows, clusters, limit):
                 tiles = -(-outputs // (64 * plan.groups))
                 assert rows <= plan.tokens < rows + 8 and plan.shared_bytes <= limit
                 assert 1 <= plan.splits <= 8 and plan.splits <= inputs // 32
-                assert plan.cluster == (clusters and plan.splits > 1)
+                assert not plan.cluster or (clusters and plan.splits > 1)
                 # Blocks that add up in global memory wait for none, but have a workspace of so many sums.
                 assert plan.splits == 1 or plan.cluster or tiles * plan.splits <= processors
                 assert plan.splits == 1 or tiles <= 1024  # what is counted in a workspace
@@ -95,8 +96,9 @@ def test_plans_cover_the_product(rows, clusters, limit):
 @pytest.mark.parametrize(
     ("shape", "expected"),  # at 8, 16, 24 and 32 rows: groups, warps, splits
     [
-        ((10240, 8192), [(2, 6, 1), (1, 4, 3), (1, 4, 3), (2, 6, 1)]),
-        ((12288, 4096), [(2, 6, 1), (1, 4, 2), (1, 4, 2), (2, 6, 1)]),
+        ((8704, 5120), [(3, 2, 5), (1, 4, 3), (4, 3, 3), (4, 3, 3)]),
+        ((10240, 8192), [(2, 6, 1), (1, 4, 3), (1, 4, 3), (1, 4, 2)]),
+        ((12288, 4096), [(2, 6, 1), (1, 4, 2), (1, 4, 2), (1, 4, 2)]),
         ((14336, 4096), [(2, 6, 1), (2, 6, 1), (2, 6, 1), (2, 6, 1)]),
         ((22016, 4096), [(1, 8, 1), (1, 4, 1), (1, 4, 1), (1, 4, 1)]),
         ((28672, 4096), [(4, 5, 1), (4, 5, 1), (2, 4, 1), (4, 3, 1)]),
@@ -104,6 +106,12 @@ def test_plans_cover_the_product(rows, clusters, limit):
         ((43008, 5376), [(6, 3, 1), (2, 3, 1), (2, 4, 1), (6, 2, 1)]),
         ((57344, 8192), [(8, 3, 1), (8, 2, 1), (1, 4, 1), (1, 4, 1)]),
         # And fewer.
+        ((1536, 8960), [(1, 12, 4), (1, 8, 4), (1, 8, 4), (1, 8, 4)]),
+        ((4096, 1024), [(1, 12, 1), (1, 8, 1), (1, 8, 1), (1, 8, 1)]),
+        ((4608, 3584), [(2, 6, 3), (2, 6, 3), (2, 6, 3), (2, 6, 3)]),
+        ((5120, 5120), [(1, 12, 1), (1, 4, 4), (1, 4, 4), (1, 4, 4)]),
+        ((5120, 17408), [(2, 6, 3), (1, 4, 4), (2, 6, 3), (2, 6, 3)]),
+        ((8192, 8192), [(2, 6, 2), (2, 6, 2), (2, 6, 2), (2, 6, 2)]),
         ((2560, 2560), [(1, 12, 2), (1, 8, 2), (1, 8, 2), (1, 8, 2)]),
         ((4096, 4096), [(1, 12, 2), (1, 8, 2), (1, 8, 2), (1, 8, 2)]),
         ((6144, 4096), [(1, 12, 1), (1, 16, 1), (1, 12, 1), (1, 8, 1)]),
@@ -295,27 +303,32 @@ def test_product_against_fp64(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [5, 16, 23, 31])
-def test_every_cut_of_a_small_matrix(rows):
+@pytest.mark.parametrize("even", [False, True])
+def test_every_cut_of_a_small_matrix(rows, even):
     """All cuts that GPUs of several sizes take, also those that this one does not, on matrices that
-    compute-sanitizer is done with soon."""
+    compute-sanitizer is done with soon. even: all warps have as many steps, two."""
     major, _ = torch.cuda.get_device_capability()
     limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     sizes = [(132, 227 << 10, True), (132, 227 << 10, False), (108, 163 << 10, False), (128, 99 << 10, False)]
     cuts = {
         w4a16.plan(rows, 64 * tiles, inputs, *size)
         for size in sizes
-        for tiles in (4, 20, 24, 32, 40, 64, 90, 144, 192, *range(264, 1200, 40))
-        for inputs in (576, 4096, 14336)
+        for tiles in (4, 20, 24, 32, 40, 64, 72, 80, 90, 128, 136, 144, 160, 192, *range(264, 1200, 40))
+        for inputs in (576, 1536, 4096, 14336)
     }
     cuts = [cut for cut in cuts if cut.shared_bytes <= limit and (major >= 9 or not cut.cluster)]
     assert len({cut.groups for cut in cuts}) > 1 and len({cut.splits for cut in cuts}) > 1
     generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(rows, 528, device="cuda", generator=generator).bfloat16()
-    for groups in {cut.groups for cut in cuts}:
-        weight = _weight(64 * 2 * groups + 36, 528, "cuda")
+    by_shape = collections.defaultdict(list)
+    for cut in cuts:
+        inputs = 32 * 2 * cut.warps * cut.splits if even else 528
+        by_shape[64 * 2 * cut.groups + 36, inputs].append(cut)
+    for shape, those in by_shape.items():
+        x = torch.randn(rows, shape[1], device="cuda", generator=generator).bfloat16()
+        weight = _weight(*shape, "cuda")
         tiled, expected = tile(weight), _expected(x, weight)
         slack = expected.norm(dim=-1, keepdim=True) / expected.shape[1] ** 0.5 * 2**-16
-        for cut in (cut for cut in cuts if cut.groups == groups):
+        for cut in those:
             out = w4a16.product(x, tiled, cut=cut).double()
             close = (out - expected).abs() <= expected.abs() * _BOUND[torch.bfloat16] + slack
             assert close.all(), cut

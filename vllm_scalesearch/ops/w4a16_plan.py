@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ OUTPUT_TILE, INPUT_STEP = 64, 32
 # Threads that a multiprocessor holds at a time, as the kernel's registers allow, by its tokens.
 RESIDENT = {8: 1024, 16: 640, 24: 512, 32: 384}
 _RESERVED_BYTES = 1024  # of shared memory, by the driver, for each block
-# How many clusters of so many blocks that each fill a multiprocessor an H100 of 132 holds at a time, by
-# cuOccupancyMaxActiveClusters: clusters do not cross the groups that multiprocessors are built in.
-_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 24, 6: 17, 7: 15, 8: 15}
+# How many clusters of so many blocks that each fill a multiprocessor an H100 of 132 holds at a time: clusters do not
+# cross the groups that multiprocessors are built in. By cuOccupancyMaxActiveClusters, which says 24 for 5 blocks on
+# some H100s and 22 on others.
+_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 
 
 @dataclass(frozen=True)
@@ -100,47 +102,71 @@ def plan(
     tokens = -(-rows // 8) * 8
     if tiles >= 2 * processors:
         return _widest_cut(tokens, tiles, processors, shared_limit)
-    cut = _wide_cut if tiles > processors else _narrow_cut
-    chosen = cut(tokens, tiles, steps, processors, clusters)
-    if chosen.shared_bytes <= shared_limit:
-        return chosen
-    return dataclasses.replace(chosen, depth=2, warps=min(chosen.warps, 8))
+    cuts = [*(_wide_cuts if tiles > processors else _narrow_cuts)(tokens, tiles, steps, processors, clusters)]
+    cuts.append(dataclasses.replace(cuts[-1], depth=2, warps=min(cuts[-1].warps, 8)))
+    return next(cut for cut in cuts if cut.shared_bytes <= shared_limit)
 
 
-def _narrow_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Plan:
-    """A tile for each multiprocessor at most."""
+def _narrow_cuts(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Iterator[Plan]:
+    """A tile for each multiprocessor at most. The best cut, and others for less shared memory."""
     splits = _splits(tiles, steps, processors, clusters)
+    if clusters:
+        pairs = -(-tiles // 2)
+        pair_splits = _splits(pairs, steps, processors, True)
+        # Two tiles a block, where more multiprocessors have work then, or where there are many inputs.
+        if pair_splits * pairs > 1.2 * splits * tiles and steps >= 32 * pair_splits:
+            yield Plan(tokens, 2, 6, pair_splits, True, 3)
+        if splits == 1 and tiles > 0.9 * processors and steps >= 256:
+            yield Plan(tokens, 2, 6, 2, True, 3)
+        # Clusters do not fit: sums through global memory, or three small blocks a multiprocessor.
+        if splits == 1 and 3 * pairs <= processors and steps >= 384 and tokens != 16:
+            yield Plan(tokens, 2, 6, 3, False, 3)
+        if splits == 1 and tiles <= 3 * clusters_at_once(4, processors) and steps >= 160 and tokens > 8:
+            yield Plan(tokens, 1, 4, 4, True, 3)
     steps //= splits
     if tokens == 8:
-        warps, depth = (12, 3) if steps >= 24 else (8, 3)
+        warps, depth = (12, 2 if steps < 36 else 3) if steps >= 20 else (8, 3)
     elif tokens == 16:
         warps, depth = (12, 3) if steps >= 200 else (16, 2) if splits == 1 and steps >= 64 else (8, 3)
     else:
         warps, depth = (12, 3) if steps >= (100 if tokens == 24 else 200) else (8, 3)
-    return Plan(tokens, 1, warps, splits, clusters and splits > 1, depth)
+    if warps == 8 and 12 < steps <= (32 if tokens == 32 else 16):
+        depth = 2
+    yield Plan(tokens, 1, warps, splits, clusters and splits > 1, depth)
 
 
 def _splits(tiles: int, steps: int, processors: int, clusters: bool) -> int:
     """Blocks for each tile. A multiprocessor without work costs less than one with two blocks."""
     for splits in range(8, 1, -1):
-        fit = _CLUSTERS[splits] * processors // 132 if clusters else processors // splits
-        if tiles <= fit and steps >= 16 * splits:
+        fit = clusters_at_once(splits, processors) if clusters else processors // splits
+        if tiles <= fit and steps >= (9 if splits > 2 else 20) * splits:
             return splits
     return 1
 
 
-def _wide_cut(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Plan:
-    """More tiles than multiprocessors, but not two for each."""
-    if clusters and tokens in (16, 24):
+def clusters_at_once(blocks: int, processors: int) -> int:
+    """How many clusters of so many blocks that each fill a multiprocessor fit at a time."""
+    return _CLUSTERS[blocks] * processors // 132
+
+
+def _wide_cuts(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Iterator[Plan]:
+    """More tiles than multiprocessors, but not two for each. The best cut first, as above."""
+    if clusters and tokens == 8 and tiles <= 1.06 * processors and steps >= 80:
+        yield Plan(8, 3, 2, 5, True, 3)
+    if clusters and tokens >= 24 and tiles <= 4 * clusters_at_once(3, processors) and steps >= 96:
+        yield Plan(tokens, 4, 3, 3, True, 3)
+    if clusters and tokens > 8:
 
         def busiest(splits: int) -> float:
             """Tiles that the multiprocessor with the most of them has; with blocks of two tiles, two."""
             return -(-tiles * splits // processors) / splits
 
-        splits = min((2, 3), key=busiest)
-        if busiest(splits) * 1.15 < 2 and steps >= 16 * splits:
-            return Plan(tokens, 1, 4, splits, True, 3)
-    return Plan(tokens, 2, 6, 1, False, 3)
+        # What a multiprocessor holds of blocks of four warps.
+        possible = [splits for splits in (2, 3) if tiles * splits <= RESIDENT[tokens] // 128 * processors]
+        splits = min(possible, key=busiest, default=1)
+        if busiest(splits) * 1.15 < 2 and steps >= (48 if tokens == 32 else 16) * splits:
+            yield Plan(tokens, 1, 4, splits, True, 3)
+    yield Plan(tokens, 2, 6, 1, False, 3)
 
 
 def _widest_cut(tokens: int, tiles: int, processors: int, shared_limit: int) -> Plan:
