@@ -303,7 +303,7 @@ def test_product_against_fp64(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [5, 16, 23, 31])
-@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("even", [False, True], ids=["any_steps", "even_steps"])
 def test_every_cut_of_a_small_matrix(rows, even):
     """All cuts that GPUs of several sizes take, also those that this one does not, on matrices that
     compute-sanitizer is done with soon. even: all warps have as many steps, two."""
