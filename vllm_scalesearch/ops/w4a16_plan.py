@@ -13,7 +13,7 @@ OUTPUT_TILE, INPUT_STEP = 64, 32
 # Threads that a multiprocessor holds at a time, as the kernel's registers allow, by its tokens.
 RESIDENT = {8: 1024, 16: 640, 24: 512, 32: 384}
 _RESERVED_BYTES = 1024  # of shared memory, by the driver, for each block
-# How many clusters of so many blocks that each fill a multiprocessor an H100 of 132 holds at a time: clusters do
+# How many clusters of so many blocks that each fill a multiprocessor an H100 of 132 holds at a time. They do
 # not cross the groups that multiprocessors are built in. By cuOccupancyMaxActiveClusters, which says 24 for 5
 # blocks on some H100s and 22 on others.
 _CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
