@@ -260,7 +260,7 @@ class _DecodeProduct(_VllmKernelProduct):
             layer.output_size_per_partition, layer.input_size_per_partition,
         )  # fmt: skip
         self.alpha = self.weight.multiplier * float(tensor_scale)
-        self.decode_rows, self.dense_rows = _measured_rows(self.kernel, self.weight)
+        self.dense_rows = _dense_rows(self.kernel, self.weight)
         dense = self.dense_rows < sys.maxsize
         w4a16.prepare(self.weight, layer.params_dtype)
         logger.info_once(
@@ -268,7 +268,7 @@ class _DecodeProduct(_VllmKernelProduct):
             "on %s's copy of the weights; more by that%s",
             self.weight.outputs,
             self.weight.inputs,
-            self.decode_rows,
+            w4a16.MAX_ROWS,
             type(self.kernel).__name__,
             f", and by cuBLAS on dequantized pieces from {self.dense_rows} rows" if dense else "",
         )
@@ -293,7 +293,7 @@ class _DecodeProduct(_VllmKernelProduct):
     ) -> torch.Tensor:
         rows = x.shape[:-1].numel()
         bias = layer.plain_bias if with_bias else None
-        if 0 < rows <= self.decode_rows:
+        if 0 < rows <= w4a16.MAX_ROWS:
             out = w4a16.product(x.reshape(rows, -1), self.weight, bias, row_scale)
             return out.view(*x.shape[:-1], out.shape[-1])
         if rows >= self.dense_rows:
@@ -381,15 +381,11 @@ _LIB.impl("linear", _linear, "CUDA")
 torch.library.register_fake("vllm_scalesearch::linear", _linear_fake, lib=_LIB)
 
 
-def _measured_rows(kernel, weight: w4a16.TiledWeight) -> tuple[int, int]:
-    """Up to how many rows the decode kernel is the fastest, and from how many dequantized pieces are."""
-    if current_platform.get_device_capability() != (9, 0):  # Marlin was not measured elsewhere
-        return w4a16.MAX_ROWS, sys.maxsize
-    humming = isinstance(kernel, HummingNvFp4LinearKernel)
-    decode_rows = w4a16.MAX_ROWS  # Marlin is slower with all of them
-    if humming:
-        decode_rows = w4a16.rows_before_humming(weight.padded_outputs, current_platform.num_compute_units())
-    return decode_rows, w4a16.dense_rows(weight.outputs, weight.inputs, not humming)
+def _dense_rows(kernel, weight: w4a16.TiledWeight) -> int:
+    """From how many rows on dequantized pieces are the fastest."""
+    if current_platform.get_device_capability() != (9, 0):  # not measured elsewhere
+        return sys.maxsize
+    return w4a16.dense_rows(weight.outputs, weight.inputs, not isinstance(kernel, HummingNvFp4LinearKernel))
 
 
 def _decode_reads(kernel) -> bool:

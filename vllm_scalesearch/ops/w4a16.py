@@ -73,14 +73,6 @@ def scale_encoding(weight: QuantizedTensor) -> int:
     return E4M3_SUBNORMAL if bool(((codes < 8) & filled).any()) else E4M3
 
 
-def rows_before_humming(padded_outputs: int, processors: int) -> int:
-    """Up to how many rows `product` is taken to be faster than Humming's kernel on Hopper, by ten shapes
-    (benchmarks/results/gemm.json, gemm_uneven.json).
-    """
-    tiles = padded_outputs // OUTPUT_TILE
-    return 24 if processors < tiles < 1.4 * processors else MAX_ROWS
-
-
 def dense_rows(outputs: int, inputs: int, marlin: bool) -> int:
     """From how many rows on dequantizing the weights for cuBLAS costs less than what Marlin's or Humming's
     kernel is slower than it on Hopper; with Humming interpolated between multiples of 1024 rows

@@ -118,11 +118,15 @@ def _narrow_cuts(tokens: int, tiles: int, steps: int, processors: int, clusters:
             yield Plan(tokens, 2, 6, pair_splits, True, 3)
         if splits == 1 and tiles > 0.9 * processors and steps >= 256:
             yield Plan(tokens, 2, 6, 2, True, 3)
-        # Clusters do not fit: sums through global memory, or three small blocks a multiprocessor.
-        if splits == 1 and 3 * pairs <= processors and steps >= 384 and tokens != 16:
-            yield Plan(tokens, 2, 6, 3, False, 3)
-        if splits == 1 and tiles <= 3 * clusters_at_once(4, processors) and steps >= 160 and tokens > 8:
-            yield Plan(tokens, 1, 4, 4, True, 3)
+        # Two multiprocessors for each tile would be too many, and clusters of three do not fit.
+        if splits == 1 and tiles <= 3 * clusters_at_once(4, processors):
+            if tokens == 8 and steps >= 256:
+                yield Plan(8, 3, 4, 4, True, 3)
+            # Sums through global memory.
+            if tokens > 16 and 3 * pairs <= processors and steps >= (384 if tokens == 24 else 256):
+                yield Plan(tokens, 2, 6, 3, False, 3)
+            if tokens > 8 and steps >= 160:
+                yield Plan(tokens, 1, 4, 4, True, 3)
     steps //= splits
     if tokens == 8:
         warps, depth = (12, 2 if steps < 36 else 3) if steps >= 20 else (8, 3)
@@ -138,8 +142,11 @@ def _narrow_cuts(tokens: int, tiles: int, steps: int, processors: int, clusters:
 def _splits(tiles: int, steps: int, processors: int, clusters: bool) -> int:
     """Blocks for each tile. A multiprocessor without work costs less than one with two blocks."""
     for splits in range(8, 1, -1):
-        fit = clusters_at_once(splits, processors) if clusters else processors // splits
-        if tiles <= fit and steps >= (9 if splits > 2 else 20) * splits:
+        if clusters:
+            fit, least = clusters_at_once(splits, processors), 9 if splits > 2 else 20
+        else:
+            fit, least = processors // splits, 16
+        if tiles <= fit and steps >= least * splits:
             return splits
     return 1
 
@@ -151,10 +158,10 @@ def clusters_at_once(blocks: int, processors: int) -> int:
 
 def _wide_cuts(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Iterator[Plan]:
     """More tiles than multiprocessors, but not two for each. The best cut first, as above."""
-    if clusters and tokens == 8 and tiles <= 1.06 * processors and steps >= 80:
-        yield Plan(8, 3, 2, 5, True, 3)
-    if clusters and tokens >= 24 and tiles <= 4 * clusters_at_once(3, processors) and steps >= 96:
+    if clusters and tokens != 16 and tiles <= 4 * clusters_at_once(3, processors) and steps >= 96:
         yield Plan(tokens, 4, 3, 3, True, 3)
+    if clusters and tokens == 8 and tiles < 1.33 * processors and steps >= 96:
+        yield Plan(8, 3, 4, 2, True, 3)
     if clusters and tokens > 8:
 
         def busiest(splits: int) -> float:
