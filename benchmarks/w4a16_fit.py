@@ -1,14 +1,15 @@
-"""The costs by which ops/w4a16_plan.py cuts up matrices of many tiles, from w4a16_cuts.json of an H100.
+"""How ops/w4a16_plan.py cuts up matrices, against w4a16_cuts.json and w4a16_cuts_split.json of an H100.
 
     python benchmarks/w4a16_fit.py
 
-Least squares of relative errors over matrices of two tiles for each multiprocessor and more, for the cuts that
-the rule chooses among. Prints the coefficients, and what the cuts that they choose take over the best of all.
-Besides what the rule knows, a product takes some us whatever its cut. Needs no GPU.
+The costs for matrices of many tiles: least squares of relative errors over those of two tiles for each
+multiprocessor and more, for the cuts that the rule chooses among. Prints the coefficients, and of both files
+what the cuts that are taken take over the best of all. Besides what the rule knows, a product takes some us
+whatever its cut. Needs no GPU.
 """
 
 import json
-import math
+import statistics
 
 import torch
 from report import RESULTS, table
@@ -19,15 +20,25 @@ from vllm_scalesearch.ops.w4a16_plan import FITS, OUTPUT_TILE, Fit, Plan, plan
 PROCESSORS, SHARED_LIMIT = 132, 227 << 10
 
 
-def measured(rows: int) -> list[dict]:
-    lines = json.loads((RESULTS / "w4a16_cuts.json").read_text())["results"]["times"]
+def measured(name: str) -> list[dict]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]["times"]
+
+
+def many_tiles(rows: int) -> list[dict]:
+    lines = measured("w4a16_cuts")
     return [line for line in lines if line["rows"] == rows and line["outputs"] // OUTPUT_TILE >= 2 * PROCESSORS]
+
+
+def over_best(line: dict) -> float:
+    """The time of the cut that is taken over the best one's."""
+    taken = plan(line["rows"], line["outputs"], line["inputs"], PROCESSORS, SHARED_LIMIT, True)
+    return line["us"][label(taken)] / min(line["us"].values())
 
 
 def fit(tokens: int) -> Fit:
     """With two digits."""
     names, equations = list(FITS[tokens].cuts), []
-    for line in measured(tokens):
+    for line in many_tiles(tokens):
         for i, (groups, warps, depth) in enumerate(names):
             cut = Plan(tokens, groups, warps, 1, False, depth)
             if label(cut) not in line["us"]:
@@ -43,15 +54,12 @@ def fit(tokens: int) -> Fit:
 
 
 def main() -> None:
+    table(["rows", "fit"], [[tokens, str(fit(tokens))] for tokens in FITS])
     rows = []
-    for tokens in FITS:
-        ratios = []
-        for line in measured(tokens):
-            chosen = plan(tokens, line["outputs"], line["inputs"], PROCESSORS, SHARED_LIMIT, True)
-            ratios.append(line["us"][label(chosen)] / min(line["us"].values()))
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        rows.append([tokens, str(fit(tokens)), f"{mean:.3f}", f"{max(ratios):.2f}"])
-    table(["rows", "fit", "chosen/best, mean", "largest"], rows)
+    for name in ("w4a16_cuts", "w4a16_cuts_split"):
+        ratios = [over_best(line) for line in measured(name)]
+        rows.append([name, len(ratios), f"{statistics.geometric_mean(ratios):.4f}", f"{max(ratios):.3f}"])
+    table(["file", "points", "taken/best, mean", "largest"], rows)
 
 
 if __name__ == "__main__":

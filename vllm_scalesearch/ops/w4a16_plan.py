@@ -118,7 +118,7 @@ def _narrow_cuts(tokens: int, tiles: int, steps: int, processors: int, clusters:
             yield Plan(tokens, 2, 6, pair_splits, True, 3)
         if splits == 1 and tiles > 0.9 * processors and steps >= 256:
             yield Plan(tokens, 2, 6, 2, True, 3)
-        # Two multiprocessors for each tile would be too many, and clusters of three do not fit.
+        # Too few multiprocessors for two of them a tile, and for clusters of three blocks of two tiles.
         if splits == 1 and tiles <= 3 * clusters_at_once(4, processors):
             if tokens == 8 and steps >= 256:
                 yield Plan(8, 3, 4, 4, True, 3)
@@ -158,10 +158,12 @@ def clusters_at_once(blocks: int, processors: int) -> int:
 
 def _wide_cuts(tokens: int, tiles: int, steps: int, processors: int, clusters: bool) -> Iterator[Plan]:
     """More tiles than multiprocessors, but not two for each. The best cut first, as above."""
-    if clusters and tokens != 16 and tiles <= 4 * clusters_at_once(3, processors) and steps >= 96:
-        yield Plan(tokens, 4, 3, 3, True, 3)
-    if clusters and tokens == 8 and tiles < 1.33 * processors and steps >= 96:
-        yield Plan(8, 3, 4, 2, True, 3)
+    if clusters and steps >= 96:
+        # Blocks of several tiles, split so that none of the multiprocessors has two tiles.
+        if tokens != 16 and tiles <= 4 * clusters_at_once(3, processors):
+            yield Plan(tokens, 4, 3, 3, True, 3)
+        if tokens == 8 and tiles < 1.33 * processors:
+            yield Plan(8, 3, 4, 2, True, 3)
     if clusters and tokens > 8:
 
         def busiest(splits: int) -> float:
